@@ -1,0 +1,889 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Tests of bitmap/: random operations on several bitmaps that share pages, each beside a model
+ * which is a plain list of dirty intervals; shapes and ranges at every edge; each allocation
+ * failing once. What threads do to each other is in bitmap_stress.c. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include <errno.h>
+
+#include "base/bytes.h"
+#include "base/mem.h"
+#include "bitmap/bitmap.h"
+#include "bitmap/kernels.h"
+
+typedef unsigned __int128 wide;
+
+static uint64_t seed;
+
+static uint64_t rnd(uint64_t below)
+{
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return below ? seed % below : 0;
+}
+
+/* ---- the model: dirty blocks as sorted intervals that do not touch ---- */
+
+#define RUNS_MAX 3000
+
+struct run {
+    uint64_t from, to;
+};
+struct model {
+    uint64_t size;
+    unsigned shift, n;
+    struct run run[RUNS_MAX];
+};
+
+static uint64_t model_blocks(const struct model *m)
+{
+    return (uint64_t)(((wide)m->size + ((wide)1 << m->shift) - 1) >> m->shift);
+}
+
+/* Set or clear blocks [from, to). */
+static void model_put(struct model *m, uint64_t from, uint64_t to, bool set)
+{
+    static struct run out[RUNS_MAX + 2];
+    unsigned n = 0;
+    bool placed = !set;
+    if (from >= to)
+        return;
+    for (unsigned i = 0; i < m->n; i++) {
+        struct run r = m->run[i];
+        if (set && r.to >= from && r.from <= to) {
+            from = MIN(from, r.from);
+            to = MAX(to, r.to);
+            continue;
+        }
+        if (set && !placed && r.from > to) {
+            out[n++] = (struct run){from, to};
+            placed = true;
+        }
+        if (set || r.to <= from || r.from >= to) {
+            out[n++] = r;
+            continue;
+        }
+        if (r.from < from)
+            out[n++] = (struct run){r.from, from};
+        if (r.to > to)
+            out[n++] = (struct run){to, r.to};
+    }
+    if (!placed)
+        out[n++] = (struct run){from, to};
+    assert_true(n <= RUNS_MAX);
+    memcpy(m->run, out, n * sizeof *out);
+    m->n = n;
+}
+
+static bool model_has(const struct model *m, uint64_t block)
+{
+    for (unsigned i = 0; i < m->n; i++)
+        if (m->run[i].from <= block && block < m->run[i].to)
+            return true;
+    return false;
+}
+
+static void model_mark(struct model *m, uint64_t off, uint64_t len)
+{
+    wide end = MIN((wide)off + len, (wide)m->size);
+    if (len && off < end)
+        model_put(m, off >> m->shift, (uint64_t)((end - 1) >> m->shift) + 1, true);
+}
+
+static void model_unmark(struct model *m, uint64_t off, uint64_t len)
+{
+    wide g = (wide)1 << m->shift, end = (wide)off + len;
+    if (!len || off >= m->size)
+        return;
+    uint64_t to = end >= m->size ? model_blocks(m) : (uint64_t)(end / g);
+    model_put(m, (uint64_t)((off + g - 1) / g), to, false);
+}
+
+static void model_merge(struct model *m, const struct model *src)
+{
+    for (unsigned i = 0; i < src->n; i++) {
+        uint64_t off = src->run[i].from << src->shift;
+        model_mark(m, off, (src->run[i].to << src->shift) - off);
+    }
+}
+
+/* ---- comparing ---- */
+
+struct unpacked {
+    struct model *m;
+    uint64_t bit;
+};
+
+static void unpack(void *arg, const uint8_t *bytes, uint64_t len)
+{
+    struct unpacked *u = arg;
+    assert_true(len && len % 8 == 0);
+    for (uint64_t i = 0; bytes && i < len; i++)
+        for (unsigned k = 0; bytes[i] && k < 8; k++)
+            if (bytes[i] >> k & 1)
+                model_put(u->m, u->bit + i * 8 + k, u->bit + i * 8 + k + 1, true);
+    u->bit += len * 8;
+}
+
+static void check_pack(const struct bitmap *b, const struct model *m)
+{
+    static struct model got;
+    got.n = 0;
+    struct unpacked u = {&got, 0};
+    bitmap_pack(b, unpack, &u);
+    assert_int_equal(u.bit, (model_blocks(m) + 63) / 64 * 64);
+    assert_int_equal(got.n, m->n);
+    assert_memory_equal(got.run, m->run, m->n * sizeof m->run[0]);
+}
+
+static void check(const struct bitmap *b, const struct model *m)
+{
+    uint64_t off = 0, len, at = 0, bits = 0;
+    assert_int_equal(bitmap_size(b), m->size);
+    assert_int_equal(bitmap_shift(b), m->shift);
+    for (unsigned i = 0; i < m->n; i++) {
+        uint64_t from = m->run[i].from << m->shift, to = MIN(m->run[i].to << m->shift, m->size);
+        assert_true(bitmap_next_dirty(b, at, UINT64_MAX, &off, &len));
+        assert_int_equal(off, from);
+        assert_int_equal(off + len, to);
+        assert_int_equal(bitmap_next_clean(b, from, UINT64_MAX), to);
+        assert_int_equal(bitmap_next_clean(b, at, UINT64_MAX), at < from ? at : to);
+        assert_true(bitmap_test(b, from) && bitmap_test(b, to - 1));
+        assert_true(!from || !bitmap_test(b, from - 1));
+        assert_false(bitmap_test(b, to));
+        bits += m->run[i].to - m->run[i].from;
+        at = to;
+    }
+    assert_false(bitmap_next_dirty(b, at, UINT64_MAX, &off, &len));
+    assert_int_equal(bitmap_next_clean(b, at, UINT64_MAX), at);
+    assert_int_equal(bitmap_count(b), bits);
+    assert_int_equal(bitmap_empty(b), m->n == 0);
+    if (bits < 200000 && m->n < 1000)
+        check_pack(b, m);
+}
+
+/* A window anywhere: what next_dirty and next_clean cut off it. */
+static void check_window(const struct bitmap *b, const struct model *m, uint64_t off, uint64_t end)
+{
+    uint64_t got_off = 7, got_len = 7, lim = MIN(end, m->size), clean = off;
+    bool found = false;
+    for (unsigned i = 0; i < m->n && off < lim; i++) {
+        uint64_t from = m->run[i].from << m->shift, to = MIN(m->run[i].to << m->shift, lim);
+        if (from <= off && off < to)
+            clean = to;
+        if (from >= lim || to <= off || found)
+            continue;
+        found = true;
+        assert_true(bitmap_next_dirty(b, off, end, &got_off, &got_len));
+        assert_int_equal(got_off, MAX(off, from));
+        assert_int_equal(got_off + got_len, to);
+    }
+    if (!found)
+        assert_false(bitmap_next_dirty(b, off, end, &got_off, &got_len));
+    assert_int_equal(bitmap_next_clean(b, off, end), MIN(clean, lim));
+}
+
+/* ---- shapes ---- */
+
+struct shape {
+    uint64_t size;
+    unsigned shift;
+};
+
+#define PAGE ((uint64_t)32768) /* bits */
+
+static const struct shape shapes[] = {
+    {0, 9},
+    {1, 9},
+    {1, 16},
+    {1, 31},
+    {511, 9},
+    {512, 9},
+    {513, 9},
+    {MIB + 7, 12},
+    {(PAGE << 9) - 1, 9},
+    {PAGE << 9, 9},
+    {(PAGE << 9) + 1, 9},
+    {(PAGE << 16) - 1, 16},
+    {PAGE << 16, 16},
+    {(PAGE << 16) + 1, 16},
+    {(5 * PAGE + 70) << 10, 10},
+    {(PAGE << 31) - 1, 31},
+    {(PAGE << 31) + 1, 31},
+    {(PAGE * 512 << 16) - 1, 16}, /* one table's worth of pages */
+    {(PAGE * 512 << 16) + 1, 16},
+    {(PAGE * 512 * 3 << 12) + 12345, 12},
+    {256 * TIB, 16},
+    {(PAGE * 512 * 512 << 9) + 513, 9},
+    {(uint64_t)1 << 56, 9},
+    {((uint64_t)1 << 56) - 3, 9},
+    {INT64_MAX, 16},
+    {INT64_MAX, 31},
+    {((uint64_t)1 << 62) + 99, 17},
+};
+
+/* An offset which likes the places where pages, tables and the disk begin and end. */
+static uint64_t some_offset(const struct shape *s)
+{
+    static const unsigned steps[] = {0, 0, 6, 15, 15, 24, 33, 42};
+    unsigned step = steps[rnd(8)];
+    uint64_t unit = step + s->shift < 63 ? (uint64_t)1 << (step + s->shift) : (uint64_t)1 << 62;
+    uint64_t off = rnd(4) ? rnd(MIN(s->size / unit + 2, 6)) * unit : s->size / unit * unit;
+    if (!rnd(4))
+        off = rnd(s->size + 2);
+    if (rnd(3))
+        off += rnd(3) << s->shift;
+    if (!rnd(3))
+        off -= MIN(off, 1 + rnd((uint64_t)2 << s->shift));
+    return !rnd(20) ? s->size - MIN(s->size, rnd(3)) : off;
+}
+
+static uint64_t some_length(const struct shape *s, uint64_t off)
+{
+    switch (rnd(6)) {
+    case 0:
+        return rnd(3);
+    case 1:
+        return rnd((uint64_t)300 << s->shift);
+    case 2:
+        return UINT64_MAX - rnd(3);
+    case 3:
+        return s->size - MIN(s->size, off) + rnd(2);
+    default: {
+        uint64_t to = some_offset(s);
+        return to > off ? to - off : (uint64_t)1 << s->shift;
+    }
+    }
+}
+
+#define N 3 /* bitmaps of one shape that share pages, and one of another granularity */
+
+struct world {
+    struct shape shape;
+    struct bitmap *b[N];
+    struct model *m[N];
+    struct bitmap_retired retired;
+};
+
+static void world_init(struct world *w, const struct shape *s)
+{
+    *w = (struct world){.shape = *s};
+    for (unsigned i = 0; i < N; i++) {
+        assert_int_equal(bitmap_new(s->size, s->shift, &w->b[i]), 0);
+        w->m[i] = mem_new(struct model);
+        w->m[i]->size = s->size;
+        w->m[i]->shift = s->shift;
+    }
+}
+
+static void world_fini(struct world *w)
+{
+    for (unsigned i = 0; i < N; i++) {
+        bitmap_free(w->b[i]);
+        mem_free(w->m[i]);
+    }
+    bitmap_retired_free(&w->retired);
+    assert_null(w->retired.head);
+    assert_int_equal(w->retired.n, 0);
+}
+
+static void step_mark(struct world *w, unsigned i)
+{
+    uint64_t off = some_offset(&w->shape), len = some_length(&w->shape, off);
+    static struct model before;
+    before = *w->m[i];
+    model_mark(w->m[i], off, len);
+    bool turned = before.n != w->m[i]->n ||
+                  memcmp(before.run, w->m[i]->run, before.n * sizeof before.run[0]) != 0;
+    assert_int_equal(bitmap_mark(w->b[i], off, len, &w->retired), turned);
+}
+
+static void step_take(struct world *w, unsigned i)
+{
+    uint64_t off = some_offset(&w->shape);
+    bool there = off < w->shape.size && model_has(w->m[i], off >> w->shape.shift);
+    assert_int_equal(bitmap_test(w->b[i], off), there);
+    assert_int_equal(bitmap_take(w->b[i], off, &w->retired), there);
+    assert_false(bitmap_test(w->b[i], off));
+    if (there)
+        model_put(w->m[i], off >> w->shape.shift, (off >> w->shape.shift) + 1, false);
+}
+
+/* Through another granularity, and the same way back: only ever more. */
+static void step_convert(struct world *w, unsigned i)
+{
+    unsigned shift = BITMAP_SHIFT_MIN + (unsigned)rnd(BITMAP_SHIFT_MAX - BITMAP_SHIFT_MIN + 1);
+    shift = MAX(shift, bitmap_min_shift(w->shape.size));
+    static struct model m;
+    m = (struct model){.size = w->shape.size, .shift = shift};
+    model_merge(&m, w->m[i]);
+    struct bitmap *c;
+    assert_int_equal(bitmap_convert(w->b[i], shift, &c), 0);
+    check(c, &m);
+    unsigned j = (unsigned)rnd(N);
+    assert_int_equal(bitmap_merge(w->b[j], c), 0);
+    model_merge(w->m[j], &m);
+    bitmap_free(c);
+}
+
+static void step_resized(struct world *w, unsigned i)
+{
+    static struct model m;
+    m = *w->m[i];
+    m.size = rnd(3) ? some_offset(&w->shape) : w->shape.size + rnd(3);
+    m.size = MIN(m.size, INT64_MAX);
+    if (bitmap_min_shift(m.size) > m.shift)
+        return;
+    model_put(&m, model_blocks(&m), UINT64_MAX, false);
+    struct bitmap *c, *d;
+    assert_int_equal(bitmap_resized(w->b[i], m.size, &c), 0);
+    check(c, &m);
+    bitmap_mark(c, 0, UINT64_MAX, &w->retired); /* a change of the copy does not show */
+    assert_int_equal(bitmap_resized(c, w->shape.size, &d), 0);
+    assert_int_equal(bitmap_count(d), MIN(model_blocks(&m), model_blocks(w->m[i])));
+    bitmap_free(c);
+    bitmap_free(d);
+}
+
+static void step_whole(struct world *w, unsigned i)
+{
+    unsigned j = (unsigned)rnd(N);
+    switch (rnd(4)) {
+    case 0:
+        if (i != j) {
+            bitmap_free(w->b[j]);
+            assert_int_equal(bitmap_clone(w->b[i], &w->b[j]), 0);
+            *w->m[j] = *w->m[i];
+        }
+        break;
+    case 1: {
+        bitmap_swap(w->b[i], w->b[j]);
+        struct model *m = w->m[i];
+        w->m[i] = w->m[j];
+        w->m[j] = m;
+        break;
+    }
+    case 2:
+        if (!rnd(4)) {
+            assert_int_equal(bitmap_set_all(w->b[i]), 0);
+            model_mark(w->m[i], 0, UINT64_MAX);
+            break;
+        } /* fall through */
+    default:
+        assert_int_equal(bitmap_merge(w->b[i], w->b[j]), 0);
+        model_merge(w->m[i], w->m[j]);
+    }
+}
+
+static void step(struct world *w)
+{
+    unsigned i = (unsigned)rnd(N);
+    uint64_t off = some_offset(&w->shape), len = some_length(&w->shape, off);
+    switch (rnd(12)) {
+    case 0:
+    case 1:
+    case 2:
+        step_mark(w, i);
+        break;
+    case 3:
+    case 4:
+    case 5:
+        assert_int_equal(bitmap_unmark(w->b[i], off, len, &w->retired), 0);
+        model_unmark(w->m[i], off, len);
+        break;
+    case 6:
+        step_take(w, i);
+        break;
+    case 7:
+        step_convert(w, i);
+        break;
+    case 8:
+        step_resized(w, i);
+        break;
+    case 9:
+        bitmap_retired_free(&w->retired);
+        break;
+    default:
+        step_whole(w, i);
+    }
+    check_window(w->b[i], w->m[i], off, off + MIN(len, UINT64_MAX - off));
+}
+
+static void random_against_model(void **state)
+{
+    for (unsigned s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        struct world w;
+        seed = 1000003 * (s + 1);
+        world_init(&w, &shapes[s]);
+        for (unsigned k = 0; k < 250; k++) {
+            step(&w);
+            for (unsigned i = 0; i < N; i++)
+                check(w.b[i], w.m[i]);
+        }
+        world_fini(&w);
+    }
+}
+
+/* ---- what is easier to see than to draw by lot ---- */
+
+static struct bitmap *make(uint64_t size, unsigned shift)
+{
+    struct bitmap *b;
+    assert_int_equal(bitmap_new(size, shift, &b), 0);
+    return b;
+}
+
+static void new_refuses(void **state)
+{
+    struct bitmap *b = NULL;
+    assert_int_equal(bitmap_new(1, 8, &b), -EINVAL);
+    assert_int_equal(bitmap_new(1, 32, &b), -EINVAL);
+    assert_int_equal(bitmap_new((uint64_t)INT64_MAX + 1, 31, &b), -EINVAL);
+    assert_int_equal(bitmap_new(INT64_MAX, 15, &b), -E2BIG);
+    assert_int_equal(bitmap_new(((uint64_t)1 << 56) + 1, 9, &b), -E2BIG);
+    assert_null(b);
+    assert_int_equal(bitmap_min_shift(0), 9);
+    assert_int_equal(bitmap_min_shift((uint64_t)1 << 56), 9);
+    assert_int_equal(bitmap_min_shift(((uint64_t)1 << 56) + 1), 10);
+    assert_int_equal(bitmap_min_shift(INT64_MAX), 16);
+    bitmap_free(NULL);
+}
+
+static void rounding(void **state)
+{
+    struct bitmap_retired r = {0};
+    struct bitmap *b = make(10 * KIB + 1, 10); /* 11 blocks, the last of one byte */
+    assert_true(bitmap_mark(b, 1023, 2, &r));  /* outward: two blocks */
+    assert_int_equal(bitmap_count(b), 2);
+    assert_false(bitmap_mark(b, 0, 1, &r));
+    assert_false(bitmap_mark(b, 5, 0, &r));
+    assert_false(bitmap_mark(b, 10 * KIB + 1, 1, &r)); /* past the end */
+    assert_false(bitmap_mark(b, UINT64_MAX, UINT64_MAX, &r));
+    assert_true(bitmap_mark(b, 10 * KIB, UINT64_MAX, &r)); /* off + len wraps */
+    assert_int_equal(bitmap_count(b), 3);
+    assert_int_equal(bitmap_unmark(b, 1, 2047, &r), 0); /* inward: only block 1 */
+    assert_true(bitmap_test(b, 1023) && !bitmap_test(b, 1024));
+    assert_int_equal(bitmap_unmark(b, 0, 1023, &r), 0);
+    assert_true(bitmap_test(b, 0));
+    assert_int_equal(bitmap_unmark(b, 10 * KIB, 0, &r), 0);
+    assert_true(bitmap_test(b, 10 * KIB));
+    assert_int_equal(bitmap_unmark(b, 10 * KIB, 1, &r), 0); /* the last block ends with the disk */
+    assert_false(bitmap_test(b, 10 * KIB));
+    assert_int_equal(bitmap_count(b), 1);
+    bitmap_free(b);
+    bitmap_retired_free(&r);
+}
+
+static void runs_join_across_pages_and_ones(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t off, len, page = PAGE << 16, table = page * 512;
+    struct bitmap *b = make(256 * TIB, 16);
+    bitmap_mark(b, page - 65536, 65536, &r);     /* the last bit of page 0 */
+    bitmap_mark(b, page, table * 3, &r);         /* whole pages, whole tables */
+    bitmap_mark(b, table * 3 + page, 65536, &r); /* one bit of a page */
+    assert_true(bitmap_next_dirty(b, 0, UINT64_MAX, &off, &len));
+    assert_int_equal(off, page - 65536);
+    assert_int_equal(off + len, table * 3 + page + 65536);
+    assert_int_equal(bitmap_next_clean(b, off, UINT64_MAX), off + len);
+    /* A hole of one bit in the middle of a table of ones. */
+    assert_int_equal(bitmap_take(b, table + 5 * page + 65536, &r), 1);
+    assert_int_equal(bitmap_next_clean(b, off, UINT64_MAX), table + 5 * page + 65536);
+    assert_int_equal(bitmap_take(b, table + 5 * page + 65536, &r), 0);
+    assert_int_equal(bitmap_count(b), 1 + 3 * 512 * PAGE + 1 - 1);
+    bitmap_free(b);
+    bitmap_retired_free(&r);
+}
+
+static void memory_is_small(void **state)
+{
+    struct bitmap_retired r = {0};
+    struct bitmap *b = make(256 * TIB, 16);
+    assert_true(bitmap_memory(b) < 64 * KIB);
+    bitmap_mark(b, 0, UINT64_MAX, &r); /* flat: 512 MiB */
+    assert_true(bitmap_memory(b) < 512 * MIB / 20);
+    bitmap_free(b);
+
+    b = make(256 * TIB - 1, 16); /* the last page is partial */
+    assert_int_equal(bitmap_set_all(b), 0);
+    assert_true(bitmap_memory(b) < 64 * KIB);
+    assert_int_equal(bitmap_count(b), (uint64_t)1 << 32);
+    bitmap_free(b);
+
+    b = make(INT64_MAX, 16); /* 2^47 blocks */
+    assert_true(bitmap_empty(b));
+    assert_int_equal(bitmap_set_all(b), 0);
+    assert_int_equal(bitmap_count(b), (uint64_t)1 << 47);
+    assert_int_equal(bitmap_take(b, INT64_MAX - 1, &r), 1);
+    assert_int_equal(bitmap_take(b, INT64_MAX - 1, &r), 0);
+    assert_int_equal(bitmap_next_clean(b, 0, UINT64_MAX), (uint64_t)INT64_MAX - 65535);
+    assert_int_equal(bitmap_count(b), ((uint64_t)1 << 47) - 1);
+    assert_true(bitmap_memory(b) < 64 * KIB);
+    bitmap_free(b);
+
+    b = make(TIB, 16); /* 1000 dirty clusters in ten runs */
+    for (uint64_t i = 0; i < 10; i++)
+        bitmap_mark(b, i * 100 * GIB, 100 * 65536, &r);
+    assert_int_equal(bitmap_count(b), 1000);
+    assert_true(bitmap_memory(b) <= 64 * KIB);
+    bitmap_free(b);
+
+    b = make((uint64_t)PAGE * 64 << 16, 16); /* 256 KiB flat, no page full */
+    for (uint64_t i = 0; i < PAGE * 64; i += 2)
+        bitmap_mark(b, i << 16, 1, &r);
+    assert_true(bitmap_memory(b) < 256 * KIB * 105 / 100);
+    assert_int_equal(bitmap_unmark(b, 0, UINT64_MAX, &r), 0); /* pages go with their bits */
+    assert_true(bitmap_memory(b) < 4 * KIB);
+    bitmap_free(b);
+    bitmap_retired_free(&r);
+}
+
+static void shared_pages_are_counted_once_each_side(void **state)
+{
+    struct bitmap_retired r = {0}, r2 = {0};
+    struct bitmap *a = make(PAGE << 16, 16), *b, *c;
+    bitmap_mark(a, 0, 1, &r);
+    assert_null(r.head); /* nothing was replaced */
+    assert_int_equal(bitmap_clone(a, &b), 0);
+    assert_int_equal(bitmap_clone(a, &c), 0);
+    /* The same page is replaced in two bitmaps: two notes, in two lists. */
+    bitmap_mark(a, 65536, 1, &r);
+    bitmap_mark(b, 2 * 65536, 1, &r2);
+    assert_int_equal(r.n, 1);
+    assert_int_equal(r2.n, 1);
+    bitmap_retired_move(&r, &r2);
+    assert_int_equal(r.n, 2);
+    assert_null(r2.head);
+    bitmap_retired_move(&r, &r2); /* moving nothing */
+    assert_int_equal(r.n, 2);
+    bitmap_retired_free(&r);
+    assert_int_equal(bitmap_count(c), 1);
+    bitmap_mark(a, 3 * 65536, 1, &r); /* a page of its own again: in place */
+    assert_null(r.head);
+    bitmap_free(a);
+    assert_int_equal(bitmap_count(b), 2);
+    assert_true(bitmap_test(c, 0) && !bitmap_test(c, 65536));
+    bitmap_free(b);
+    bitmap_free(c);
+}
+
+static void merge_shares_and_collapses(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t page = PAGE << 16;
+    struct bitmap *a = make(4 * page, 16), *b = make(4 * page, 16), *c;
+    size_t bare = bitmap_memory(a);
+    for (uint64_t i = 0; i < PAGE; i++) /* page 0: a even, b odd; page 1: only b */
+        bitmap_mark(i % 2 ? b : a, i << 16, 1, &r);
+    bitmap_mark(b, page, 1, &r);
+    assert_int_equal(bitmap_clone(a, &c), 0);
+    assert_int_equal(bitmap_merge(c, b), 0);
+    assert_int_equal(bitmap_count(c), PAGE + 1);
+    assert_int_equal(bitmap_count(a), PAGE / 2);
+    assert_true(bitmap_memory(c) < bare + 5000); /* page 0 is ones, page 1 is b's */
+    assert_int_equal(bitmap_merge(a, b), 0);     /* in place, the same */
+    assert_int_equal(bitmap_count(a), PAGE + 1);
+    assert_true(bitmap_memory(a) < bare + 5000);
+    bitmap_mark(b, page + 65536, 1, &r); /* b may not write to what it has given */
+    assert_int_equal(r.n, 1);
+    assert_int_equal(bitmap_count(a), PAGE + 1);
+    assert_int_equal(bitmap_merge(a, a), 0);
+    bitmap_free(a);
+    bitmap_free(b);
+    bitmap_free(c);
+    bitmap_retired_free(&r);
+}
+
+static void count_sink(void *arg, const uint8_t *bytes, uint64_t len)
+{
+    uint64_t *n = arg;
+    n[bytes ? 1 : 0] += len;
+    n[2]++;
+}
+
+static void pack_of_nothing_is_one_call(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t n[3] = {0};
+    struct bitmap *b = make(256 * TIB, 16);
+    bitmap_pack(b, count_sink, n);
+    assert_int_equal(n[0], 512 * MIB);
+    assert_int_equal(n[2], 1);
+    bitmap_mark(b, 100 * TIB, 1, &r);
+    bitmap_take(b, 100 * TIB, &r); /* an empty page is left */
+    bitmap_pack(b, count_sink, memset(n, 0, sizeof n));
+    assert_int_equal(n[0], 512 * MIB);
+    assert_int_equal(n[2], 1);
+    bitmap_free(b);
+    b = make(0, 16);
+    bitmap_pack(b, count_sink, memset(n, 0, sizeof n));
+    assert_int_equal(n[2], 0);
+    bitmap_free(b);
+}
+
+/* ---- memory that is not there ---- */
+
+#define SIZE ((PAGE * 600 << 12) - 5000) /* two tables, the last page partial */
+
+/* A page of its own, a shared one, ones, a table of ones, and the tail: in both, not alike. */
+static void make_pair(struct bitmap **a, struct bitmap **b, struct bitmap **keep,
+                      struct bitmap_retired *r)
+{
+    uint64_t page = PAGE << 12;
+    *a = make(SIZE, 12);
+    *b = make(SIZE, 12);
+    bitmap_mark(*a, 2 * page + 4096, 8192, r);
+    bitmap_mark(*a, SIZE - 1, 1, r);
+    bitmap_mark(*b, 7 * page + 4096, 1, r);
+    assert_int_equal(bitmap_clone(*a, keep), 0);
+    assert_int_equal(bitmap_merge(*b, *a), 0);
+    bitmap_mark(*b, 2 * page, 1, r);
+    bitmap_mark(*a, page, 1, r);
+    bitmap_mark(*a, 3 * page, 2 * page, r);
+    bitmap_mark(*b, 100 * page + 1, 3 * page, r);
+}
+
+static void assert_contains(const struct bitmap *more, const struct bitmap *less)
+{
+    uint64_t off = 0, len;
+    while (bitmap_next_dirty(less, off, UINT64_MAX, &off, &len)) {
+        assert_true(bitmap_next_clean(more, off, UINT64_MAX) >= off + len);
+        off += len;
+    }
+}
+
+/* An operation on `a` and `b`; *out is made by it, or NULL. `want` is what it has to contain. */
+struct op {
+    const char *name;
+    int (*run)(struct bitmap *a, struct bitmap *b, struct bitmap **out, struct bitmap_retired *r);
+    bool grows; /* a may hold more than it should after an error, else it is as before or smaller */
+};
+
+static int op_mark(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                   struct bitmap_retired *r)
+{
+    uint64_t page = PAGE << 12;
+    bitmap_mark(a, 2 * page - 1, 2, r);      /* the shared page, and one that is not there */
+    bitmap_mark(a, SIZE - 9000, 9000, r);    /* the tail, shared */
+    bitmap_mark(a, 520 * page + 4096, 1, r); /* in the last table */
+    bitmap_mark(a, 0, 3 * page, r);          /* whole pages, one of its own and one shared */
+    return 0;
+}
+
+static int op_unmark(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                     struct bitmap_retired *r)
+{
+    uint64_t page = PAGE << 12;
+    int r1 = bitmap_unmark(a, 2 * page + 8192, 2 * page, r); /* shared, ones, into ones */
+    int r2 = bitmap_unmark(a, page, page, r);                /* a whole page of its own */
+    int r3 = bitmap_unmark(a, SIZE - 1, 1, r);
+    return r1 ? r1 : r2 ? r2 : r3;
+}
+
+static int op_take(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                   struct bitmap_retired *r)
+{
+    int n = bitmap_take(a, 2 * (PAGE << 12) + 4096, r), m;
+    assert_true(n == 1 || n == -ENOMEM);
+    m = bitmap_take(a, 3 * (PAGE << 12) + 4096, r);
+    assert_true(m == 1 || m == -ENOMEM);
+    return MIN(n, m) < 0 ? -ENOMEM : 0;
+}
+
+static int op_merge(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                    struct bitmap_retired *r)
+{
+    return bitmap_merge(a, b);
+}
+
+static int op_merge_other(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                          struct bitmap_retired *r)
+{
+    struct bitmap *c;
+    int e = bitmap_convert(b, 13, &c);
+    if (e < 0)
+        return e;
+    e = bitmap_merge(a, c);
+    assert_contains(a, b); /* also when memory was short */
+    bitmap_free(c);
+    return e;
+}
+
+static int op_clone(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                    struct bitmap_retired *r)
+{
+    return bitmap_clone(a, out);
+}
+
+static int op_convert(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                      struct bitmap_retired *r)
+{
+    return bitmap_convert(a, 14, out);
+}
+
+static int op_resized(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                      struct bitmap_retired *r)
+{
+    return bitmap_resized(a, SIZE + (PAGE << 12), out);
+}
+
+static int op_set_all(struct bitmap *a, struct bitmap *b, struct bitmap **out,
+                      struct bitmap_retired *r)
+{
+    return bitmap_set_all(a);
+}
+
+static const struct op ops[] = {
+    {"mark", op_mark, true},
+    {"unmark", op_unmark, false},
+    {"take", op_take, false},
+    {"merge", op_merge, true},
+    {"convert and merge", op_merge_other, true},
+    {"clone", op_clone, false},
+    {"convert", op_convert, false},
+    {"resized", op_resized, false},
+    {"set_all", op_set_all, true},
+};
+
+/* Run `op` with the n-th allocation failing; false when it made fewer. */
+static bool run_starved(const struct op *op, unsigned long n, const struct bitmap *right)
+{
+    struct bitmap_retired r = {0};
+    struct bitmap *a, *b, *keep, *out = NULL, *b_then, *a_then;
+    make_pair(&a, &b, &keep, &r);
+    assert_int_equal(bitmap_clone(b, &b_then), 0);
+    assert_int_equal(bitmap_clone(a, &a_then), 0);
+    mem_fail_after(n);
+    int e = op->run(a, b, &out, &r);
+    bool hit = mem_fail_after(0) >= n;
+    assert_true(e == 0 || e == -ENOMEM);
+    assert_true(hit || e == 0);
+    assert_true(e == 0 || !out);
+    if (e == 0 || op->run != op_merge_other) /* there, nothing is merged if converting fails */
+        assert_contains(a, right);
+    if (!hit)
+        assert_int_equal(bitmap_count(a), bitmap_count(right));
+    if (!op->grows)
+        assert_contains(a_then, a);
+    assert_contains(b, b_then); /* the source and who shares with it do not change */
+    assert_int_equal(bitmap_count(b), bitmap_count(b_then));
+    assert_int_equal(bitmap_count(keep), 3);
+    /* Whatever it is now, it still works: pages that had to stay with an all-ones slot too. */
+    uint64_t len, off;
+    struct bitmap *again;
+    assert_int_equal(bitmap_clone(a, &again), 0);
+    assert_contains(again, a);
+    bitmap_free(again);
+    for (off = 4096; off < SIZE; off += PAGE << 12)
+        assert_true(bitmap_take(a, off, &r) >= 0);
+    for (off = 4096; off < SIZE; off += PAGE << 12)
+        assert_false(bitmap_test(a, off));
+    assert_int_equal(bitmap_unmark(a, 0, UINT64_MAX, &r), 0);
+    assert_false(bitmap_next_dirty(a, 0, UINT64_MAX, &off, &len));
+    bitmap_free(out);
+    bitmap_free(a_then);
+    bitmap_free(b_then);
+    bitmap_free(a);
+    bitmap_free(b);
+    bitmap_free(keep);
+    bitmap_retired_free(&r);
+    return hit;
+}
+
+static void every_allocation_fails_once(void **state)
+{
+    for (unsigned i = 0; i < sizeof ops / sizeof *ops; i++) {
+        struct bitmap_retired r = {0};
+        struct bitmap *a, *b, *keep, *out = NULL;
+        make_pair(&a, &b, &keep, &r);
+        assert_int_equal(ops[i].run(a, b, &out, &r), 0);
+        for (unsigned long n = 1; run_starved(&ops[i], n, a); n++)
+            assert_true(n < 1000);
+        bitmap_free(out);
+        bitmap_free(a);
+        bitmap_free(b);
+        bitmap_free(keep);
+        bitmap_retired_free(&r);
+    }
+    for (unsigned long n = 1; n <= 2; n++) {
+        struct bitmap *b = NULL;
+        mem_fail_after(n);
+        assert_int_equal(bitmap_new(GIB, 16, &b), -ENOMEM);
+        mem_fail_after(0);
+        assert_null(b);
+    }
+}
+
+/* Without memory the tail becomes all ones and no bit past the end shows. */
+static void starved_tail_stays_inside_the_disk(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t size = (PAGE + 3) << 16;
+    struct bitmap *b = make(size, 16), *big;
+    mem_fail_after(1);
+    assert_true(bitmap_mark(b, size - 1, 1, &r));
+    mem_fail_after(0);
+    assert_int_equal(bitmap_count(b), 3);
+    uint64_t n[3] = {0};
+    bitmap_pack(b, count_sink, n);
+    assert_int_equal(n[0], PAGE / 8);
+    assert_int_equal(n[1], 8);
+    assert_int_equal(bitmap_resized(b, 2 * size, &big), 0);
+    assert_int_equal(bitmap_count(big), 3);
+    bitmap_free(b);
+    bitmap_free(big);
+}
+
+/* ---- kernels ---- */
+
+static void kernels_agree(void **state)
+{
+    static uint64_t a[520], b[520], want[520], got[520];
+    const struct bitmap_kernels *one = bitmap_kernels_nth(0), *k;
+    assert_non_null(bitmap_kernels()->name);
+    seed = 42;
+    for (unsigned i = 1; (k = bitmap_kernels_nth(i)); i++) {
+        for (unsigned round = 0; round < 200; round++) {
+            size_t n = rnd(65) * 8, at = rnd(8);
+            for (unsigned j = 0; j < 520; j++) {
+                a[j] = rnd(3) ? 0 : rnd(0) | (seed & (seed >> 7));
+                b[j] = rnd(5) ? seed : UINT64_MAX;
+            }
+            assert_int_equal(k->or_count(got + at, a + at, b, n),
+                             one->or_count(want + at, a + at, b, n));
+            assert_memory_equal(got + at, want + at, n * 8);
+            assert_int_equal(k->copy_count(got, b + at, n), one->copy_count(want, b + at, n));
+            assert_memory_equal(got, want, n * 8);
+            assert_int_equal(k->count(b + at, n), one->count(b + at, n));
+            memset(a, 0, rnd(521) * 8);
+            n = rnd(513);
+            assert_int_equal(k->first_set(a + at, n), one->first_set(a + at, n));
+        }
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(new_refuses),
+        cmocka_unit_test(rounding),
+        cmocka_unit_test(runs_join_across_pages_and_ones),
+        cmocka_unit_test(memory_is_small),
+        cmocka_unit_test(shared_pages_are_counted_once_each_side),
+        cmocka_unit_test(merge_shares_and_collapses),
+        cmocka_unit_test(pack_of_nothing_is_one_call),
+        cmocka_unit_test(every_allocation_fails_once),
+        cmocka_unit_test(starved_tail_stays_inside_the_disk),
+        cmocka_unit_test(kernels_agree),
+        cmocka_unit_test(random_against_model),
+    };
+    return cmocka_run_group_tests_name("bitmap", tests, NULL, NULL);
+}

@@ -1,0 +1,128 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Inside the block layer: what a node is made of, and what a driver implements. Only block/ and
+ * drivers/ include this. A driver never calls up; it does I/O on its children through node_* and on
+ * files through io/. */
+#pragma once
+#include <stdatomic.h>
+#include <sys/queue.h>
+
+#include "block/node.h"
+#include "block/tracker.h"
+#include "co/sync.h"
+#include "io/io.h"
+
+#define NODE_MAX_CHILDREN 4u
+
+struct io_file;
+struct q_blockdev_options;
+struct q_blockdev_ref;
+
+struct driver_ops {
+    const char *name; /* as in blockdev-add */
+    size_t state_size; /* node->state: zeroed, freed with the node */
+    bool filter; /* shows its child's contents unchanged */
+    /* Opens children with node_open_child(); sets n->size and, where it matters, n->align, cluster,
+     * filename. On failure close() is called and has to cope with every stage. May yield, as all. */
+    int (*open)(struct node *n, const struct q_blockdev_options *opts, struct tide_error *err);
+    void (*close)(struct node *n);
+    /* The permissions in use (ROOT_READ | ROOT_WRITE) become `perm`: take or drop file locks. */
+    int (*set_perm)(struct node *n, unsigned perm, struct tide_error *err);
+    /* Ranges are checked and, in multiples of n->align; reads past the driver's own end give zeroes. */
+    int (*preadv)(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len);
+    int (*pwritev)(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
+                   unsigned flags);
+    int (*zero)(struct node *n, uint64_t off, uint64_t len, unsigned flags); /* -EOPNOTSUPP: cannot */
+    int (*discard)(struct node *n, uint64_t off, uint64_t len);
+    int (*flush)(struct node *n);
+    int (*extent)(struct node *n, uint64_t off, uint64_t len, struct extent *e);
+    /* The file that holds our bytes one to one and the offset of byte 0 in it; NULL: there is none. */
+    struct io_file *(*offload)(struct node *n, uint64_t *base);
+    uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
+};
+
+/* All drivers, ended by NULL (drivers/drivers.c). */
+extern const struct driver_ops *const drivers[];
+
+/* Called before a write, zeroes or discard changes the node, on the writer's loop, while it is
+ * admitted. Never fails a guest. The list changes while the node is quiesced for everything. */
+struct node_hook {
+    co_fn void (*before_write)(struct node_hook *h, uint64_t off, uint64_t len);
+    struct node_hook *next;
+};
+void node_hook_add(struct node *n, struct node_hook *h);
+void node_hook_remove(struct node *n, struct node_hook *h);
+
+/* A write that others must not overlap (read-modify-write), or that waits for such a one. */
+struct tracked_write {
+    uint64_t off, end;
+    bool serialising;
+    TAILQ_ENTRY(tracked_write) link;
+};
+
+/* Which bitmaps a write marks; replaced as a whole, read without a lock. */
+struct mark_set {
+    unsigned n, cap;
+    struct bitmap *bits[];
+};
+
+struct node {
+    char name[NODE_NAME_MAX + 1];
+    bool named; /* blockdev-add gave it; the monitor owns it */
+    const struct driver_ops *ops;
+    void *state;
+    struct graph *graph;
+    uint64_t size;
+    uint32_t align, cluster;
+    bool read_only, discard_unmap, no_flush, direct, force_share;
+    int detect_zeroes; /* enum q_blockdev_detect_zeroes_options */
+    char *filename;    /* for people and queries; NULL: none */
+
+    struct node *child[NODE_MAX_CHILDREN];
+    const char *child_role[NODE_MAX_CHILDREN];
+    unsigned n_children;
+    struct node **parents; /* one entry for each edge */
+    unsigned n_parents;
+    unsigned n_roots, perm;
+
+    struct dirty_bitmap *bitmaps;
+    struct mark_set *marks; /* changes while the node is quiesced for writes */
+    struct node_hook *hooks;
+
+    struct spin writes_lock;
+    TAILQ_HEAD(, tracked_write) writes; /* only where align > 1 */
+    struct co_queue writes_wait;
+
+    TAILQ_ENTRY(node) link; /* graph, newest first */
+};
+
+/* Open the child that `ref` names or describes and make it child `role` of `n`. */
+co_fn int node_open_child(struct node *n, const char *role, const struct q_blockdev_ref *ref,
+                          struct tide_error *err);
+/* Does `from` reach `to` through children (or are they the same)? */
+bool node_reaches(const struct node *from, const struct node *to);
+
+struct root;
+TAILQ_HEAD(root_list, root);
+TAILQ_HEAD(node_list, node);
+
+struct graph {
+    struct io *io;
+    struct co_mutex commands;  /* the command lock */
+    struct co_rwlock effects;  /* a list's effects are not seen before it is over */
+    struct node_list nodes;
+    struct root_list roots;
+    unsigned next_auto_name;
+    struct quiesce *quiesce;   /* the one under way */
+    struct io_event drained;   /* somebody left a closed root */
+    uint64_t quiesce_timeout, quiesce_failed_at;
+    struct graph_loop {        /* of each loop: pages its markers replaced */
+        _Alignas(64) struct bitmap_retired retired;
+    } *loop;
+    struct reaper *reaper;
+};
+/* Permissions: recompute what `n` and everything below is used for; -EAGAIN etc. with text. */
+co_fn int node_update_perm(struct node *n, struct tide_error *err);
+int reaper_new(struct graph *g);
+void reaper_free(struct graph *g);
+/* Before a node gets a bitmap or a hook: -EPERM when a root below it could write past it. */
+int node_check_watch(const struct node *n, struct tide_error *err);

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Nodes: the block devices of the graph, and the only door to the drivers.
+ *
+ * The graph (names, children, parents, roots) changes on the control loop only. I/O runs on any loop
+ * and enters through a root (block/root.h), whose gate is what a transaction closes; what I/O reads
+ * of a node (driver, children, size, tracker, hooks) changes only while the roots that reach the node
+ * are quiesced.
+ *
+ * `off` and `len` are bytes. Ranges are checked here against the node's size: a request that does not
+ * fit is -EINVAL (reads) or -ENOSPC (writes). All I/O functions are co_fn, return 0 or -errno. */
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "base/error.h"
+#include "co/co.h"
+
+#define NODE_NAME_MAX 31u
+/* The longest request a node takes in one call; exports and jobs cut longer ones. */
+#define NODE_MAX_IO ((uint64_t)32 << 20)
+
+struct graph;
+struct node;
+struct io;
+
+/* What lies at an offset, as far as it is the same. */
+struct extent {
+    uint64_t len;
+    bool data;      /* false: nothing is allocated here at any layer of this chain */
+    bool zero;      /* reads as zero */
+};
+
+#define NODE_FUA 1u       /* durable on return */
+#define NODE_UNMAP 2u     /* node_zero: may give the space back */
+#define NODE_FAST_ZERO 4u /* node_zero: -ENOTSUP rather than writing zeroes slowly */
+#define NODE_UNCHANGED 8u /* a job's write that leaves guest-visible data as it is: marks nothing */
+
+co_fn int node_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len);
+co_fn int node_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
+                       unsigned flags);
+co_fn int node_zero(struct node *n, uint64_t off, uint64_t len, unsigned flags);
+/* Succeeds without doing (or marking) anything on a node that ignores discards. */
+co_fn int node_discard(struct node *n, uint64_t off, uint64_t len);
+/* What completed before the call is durable on return. Nothing to do on a cache.no-flush node. */
+co_fn int node_flush(struct node *n);
+/* len asked >= 1; e->len is in [1, len]. */
+co_fn int node_extent(struct node *n, uint64_t off, uint64_t len, struct extent *e);
+/* Copy inside the storage if both ends can, without moving the data through us. Marks and hooks of
+ * `dst` see it as a write. -EOPNOTSUPP: they cannot (some of the range may be marked already). */
+co_fn int node_copy_range(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
+                          uint64_t len);
+
+const char *node_name(const struct node *n);
+uint64_t node_size(const struct node *n);
+bool node_read_only(const struct node *n);
+/* Offsets and lengths of requests that go to the driver unchanged are multiples of this; other
+ * requests are widened here (read-modify-write), so callers need not care. */
+uint32_t node_align(const struct node *n);
+/* Preferred copy unit: the cluster size of a format, else 0. */
+uint32_t node_cluster_size(const struct node *n);
+bool node_can_zero_fast(const struct node *n); /* node_zero is cheaper than writing zeroes */
+struct graph *node_graph(const struct node *n);
+struct io *graph_io(struct graph *g);
+
+/* ------------------------------------------------------------------ graph: control loop only */
+
+int graph_new(struct io *io, struct graph **out);
+void graph_free(struct graph *g); /* no node is left */
+/* Start and end the background work (freeing what readers may still look at). */
+int graph_start(struct graph *g);
+co_fn void graph_stop(struct graph *g);
+/* The command lock: commands, transactions and ends of jobs change the graph one at a time. Never
+ * taken by somebody who is admitted through a root. */
+co_fn void graph_lock(struct graph *g);
+void graph_unlock(struct graph *g);
+/* Queries run at any time except between the first effect of a transaction and its release. */
+co_fn void graph_effects_begin(struct graph *g);
+void graph_effects_end(struct graph *g);
+co_fn void graph_query_begin(struct graph *g);
+void graph_query_end(struct graph *g);
+/* NULL: none of that name. */
+struct node *graph_find(struct graph *g, const char *name);
+/* -ENOENT with the text that names it. */
+int graph_find_err(struct graph *g, const char *name, struct node **out, struct tide_error *err);
+/* Newest first: calls fn(arg, node) for every node, those without a name of their own included. */
+void graph_each(struct graph *g, void (*fn)(void *arg, struct node *n), void *arg);
+
+/* Open a node and its children from a parsed BlockdevOptions (schema); the monitor owns it. On
+ * failure nothing is left. */
+struct q_blockdev_options;
+co_fn int graph_add(struct graph *g, const struct q_blockdev_options *opts, struct node **out,
+                    struct tide_error *err);
+/* As blockdev-del: refused while anything uses it. Bitmaps go with it. */
+co_fn int graph_del(struct graph *g, const char *name, struct tide_error *err);
+/* Shutdown: flush and close every node, parents first. Jobs and exports are gone. */
+co_fn void graph_close_all(struct graph *g);

@@ -1,0 +1,413 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Gates and quiesce (rules for memory order: a marker's counter and the control loop's closed flag
+ * form a Dekker pair, so every access of both is seq_cst; weaker orders lose cuts on x86 too).
+ *
+ *   enter   n[loop] += 1; closed? then n[loop] -= 1, tell the waiter, park, look again
+ *   leave   n[loop] -= 1; closed? then tell the waiter
+ *   close   closed = 1; then every n[i], each read by itself, has to be 0 once
+ *
+ * Roots above a node are found by walking down from each root: a base image that many disks share
+ * does not freeze its siblings. */
+#include "block/root.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "block/driver.h"
+#include "io/io.h"
+
+#define CLOSED_QUIESCE 1u
+#define CLOSED_SHUT 2u
+#define RETRY_PAUSE 1000000000u
+#define SLOW_LOG 100000000u
+
+struct gate_count {
+    _Alignas(64) _Atomic long n;
+};
+
+#define ROOT_MAX_NODES 2u
+
+struct root {
+    struct node *node[ROOT_MAX_NODES];
+    unsigned perm[ROOT_MAX_NODES];
+    unsigned n_nodes;
+    struct graph *graph;
+    char *what;
+    _Atomic unsigned closed;
+    struct spin lock; /* guards the parked */
+    struct co_queue parked;
+    bool quiesced;    /* closed and seen empty since */
+    TAILQ_ENTRY(root) link;
+    struct gate_count count[]; /* of each loop */
+};
+
+struct quiesce {
+    struct graph *graph;
+    uint64_t since;
+    enum quiesce_kind kind;
+    unsigned n;
+    struct root *root[];
+};
+
+/* ------------------------------------------------------------------ the gate */
+
+static void tell_waiter(struct root *r)
+{
+    io_event_set(&r->graph->drained);
+}
+
+bool root_try_enter(struct root *r)
+{
+    unsigned i = loop_index(loop_self());
+    atomic_fetch_add(&r->count[i].n, 1);
+    if (!atomic_load(&r->closed))
+        return true;
+    root_leave(r);
+    return false;
+}
+
+void root_enter(struct root *r)
+{
+    while (!root_try_enter(r)) {
+        spin_lock(&r->lock);
+        while (atomic_load(&r->closed))
+            co_queue_wait(&r->parked, &r->lock);
+        spin_unlock(&r->lock);
+    }
+}
+
+void root_leave(struct root *r)
+{
+    atomic_fetch_sub(&r->count[loop_index(loop_self())].n, 1);
+    if (atomic_load(&r->closed))
+        tell_waiter(r);
+}
+
+bool root_is_shut(const struct root *r)
+{
+    return atomic_load_explicit(&r->closed, memory_order_relaxed);
+}
+
+static void gate_open(struct root *r, unsigned why)
+{
+    spin_lock(&r->lock);
+    if (!(atomic_fetch_and(&r->closed, ~why) & ~why))
+        co_queue_wake_all(&r->parked);
+    spin_unlock(&r->lock);
+}
+
+void root_shut(struct root *r)
+{
+    atomic_fetch_or(&r->closed, CLOSED_SHUT);
+}
+
+void root_open(struct root *r)
+{
+    gate_open(r, CLOSED_SHUT);
+}
+
+static long root_inside(struct root *r)
+{
+    long sum = 0;
+    for (unsigned i = 0; i < io_n_loops(r->graph->io); i++)
+        sum += atomic_load(&r->count[i].n);
+    return sum;
+}
+
+/* ------------------------------------------------------------------ roots */
+
+struct node *root_node(struct root *r)
+{
+    return r->node[0];
+}
+
+unsigned root_perm(const struct root *r, const struct node *n)
+{
+    unsigned perm = 0;
+    for (unsigned i = 0; i < r->n_nodes; i++) {
+        if (r->node[i] == n)
+            perm |= r->perm[i];
+    }
+    return perm;
+}
+
+const char *root_what(const struct root *r)
+{
+    return r->what;
+}
+
+struct root *root_next(struct root *r)
+{
+    return TAILQ_NEXT(r, link);
+}
+
+/* Writes through one root must not slip past a tracker or a job further up. */
+static const struct node *watched_above(const struct node *n)
+{
+    for (unsigned i = 0; i < n->n_parents; i++) {
+        const struct node *p = n->parents[i];
+        if (p->bitmaps || p->hooks)
+            return p;
+        p = watched_above(p);
+        if (p)
+            return p;
+    }
+    return NULL;
+}
+
+/* Another user's root that stands against `perm`: it writes and we want to be alone, or reversed. */
+static const struct root *rival(const struct node *n, unsigned perm, const char *what)
+{
+    struct root *r;
+    TAILQ_FOREACH (r, &n->graph->roots, link) {
+        unsigned other = strcmp(r->what, what) ? root_perm(r, n) : 0;
+        if ((perm & ROOT_ALONE && other & ROOT_WRITE) || (perm & ROOT_WRITE && other & ROOT_ALONE))
+            return r;
+    }
+    return NULL;
+}
+
+static int check_perm(struct node *n, unsigned perm, const char *what, struct tide_error *err)
+{
+    if (!(perm & ROOT_WRITE))
+        return 0;
+    if (n->read_only)
+        return tide_fail(err, -EACCES, "node '%s' is read-only: %s cannot write to it", n->name, what);
+    const struct root *r = rival(n, perm, what);
+    if (r)
+        return tide_fail(err, -EBUSY, "%s cannot write to node '%s': it is in use by %s", what, n->name,
+                         r->what);
+    const struct node *above = watched_above(n);
+    if (above)
+        return tide_fail(err, -EPERM,
+                         "%s cannot write to node '%s': node '%s' above it has bitmaps or a job that "
+                         "would miss the changes; use '%s'",
+                         what, n->name, above->name, above->name);
+    return 0;
+}
+
+int node_check_watch(const struct node *n, struct tide_error *err)
+{
+    struct root *r;
+    TAILQ_FOREACH (r, &n->graph->roots, link) {
+        for (unsigned i = 0; i < r->n_nodes; i++) {
+            if ((r->perm[i] & ROOT_WRITE) && r->node[i] != n && node_reaches(n, r->node[i]))
+                return tide_fail(err, -EPERM,
+                                 "node '%s' cannot be tracked: %s writes to node '%s' below it", n->name,
+                                 r->what, r->node[i]->name);
+        }
+    }
+    return 0;
+}
+
+int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err)
+{
+    assert(r->n_nodes < ROOT_MAX_NODES);
+    int res = check_perm(n, perm, r->what, err);
+    if (res < 0)
+        return res;
+    r->node[r->n_nodes] = n;
+    r->perm[r->n_nodes++] = perm;
+    n->n_roots++;
+    res = node_update_perm(n, err);
+    if (res < 0) {
+        tide_error_prefix(err, "%s: ", r->what);
+        r->n_nodes--;
+        n->n_roots--;
+    }
+    return res;
+}
+
+int root_new(struct node *n, unsigned perm, const char *what, struct root **out,
+             struct tide_error *err)
+{
+    struct graph *g = n->graph;
+    size_t size = sizeof(struct root) + io_n_loops(g->io) * sizeof(struct gate_count);
+    struct root *root = mem_aligned(64, round_up(size, 64));
+    char *copy = mem_strdup(what);
+    if (!root || !copy) {
+        mem_free(root);
+        mem_free(copy);
+        return tide_fail(err, -ENOMEM, "no memory for %s", what);
+    }
+    memset(root, 0, size);
+    *root = (struct root){.graph = g, .what = copy, .lock = SPIN_INIT};
+    TAILQ_INSERT_TAIL(&g->roots, root, link);
+    int r = root_add(root, n, perm, err);
+    if (r < 0)
+        root_free(root);
+    else
+        *out = root;
+    return r;
+}
+
+/* A root may end while it is held (a job at its end, an unwound action). */
+static void quiesce_forget_root(struct quiesce *q, struct root *r)
+{
+    for (unsigned i = 0; i < q->n; i++) {
+        if (q->root[i] == r) {
+            memmove(&q->root[i], &q->root[i + 1], (q->n - i - 1) * sizeof q->root[0]);
+            q->n--;
+            return;
+        }
+    }
+}
+
+void root_free(struct root *r)
+{
+    struct tide_error ignored;
+    if (!r)
+        return;
+    assert(root_inside(r) == 0);
+    if (r->graph->quiesce)
+        quiesce_forget_root(r->graph->quiesce, r);
+    TAILQ_REMOVE(&r->graph->roots, r, link);
+    for (unsigned i = 0; i < r->n_nodes; i++) {
+        r->node[i]->n_roots--;
+        node_update_perm(r->node[i], &ignored); /* giving up cannot be refused */
+    }
+    mem_free(r->what);
+    mem_free(r);
+}
+
+/* ------------------------------------------------------------------ quiesce */
+
+static bool root_concerned(struct root *r, struct node *const *nodes, unsigned n,
+                           enum quiesce_kind kind)
+{
+    for (unsigned k = 0; k < r->n_nodes; k++) {
+        if (kind == QUIESCE_WRITES && !(r->perm[k] & ROOT_WRITE))
+            continue;
+        for (unsigned i = 0; i < n; i++) {
+            if (node_reaches(r->node[k], nodes[i]))
+                return true;
+        }
+    }
+    return false;
+}
+
+static unsigned count_roots(struct graph *g)
+{
+    struct root *r;
+    unsigned n = 0;
+    TAILQ_FOREACH (r, &g->roots, link)
+        n++;
+    return n;
+}
+
+/* After a drain that failed, guests get a second of peace before the next one is tried. */
+static co_fn void wait_after_failure(struct graph *g)
+{
+    uint64_t now = io_now(g->io);
+    if (g->quiesce_failed_at && now - g->quiesce_failed_at < RETRY_PAUSE)
+        io_sleep(RETRY_PAUSE - (now - g->quiesce_failed_at));
+}
+
+/* The first root that still has somebody inside; each count has to be seen 0 once. */
+static struct root *first_busy(struct quiesce *q)
+{
+    for (unsigned i = 0; i < q->n; i++) {
+        struct root *r = q->root[i];
+        for (unsigned k = 0; k < io_n_loops(q->graph->io); k++) {
+            if (atomic_load(&r->count[k].n))
+                return r;
+        }
+        r->quiesced = true;
+    }
+    return NULL;
+}
+
+static co_fn int drain(struct quiesce *q, struct tide_error *err)
+{
+    uint64_t deadline = q->since + q->graph->quiesce_timeout;
+    struct root *busy;
+    while ((busy = first_busy(q))) {
+        if (io_event_wait(&q->graph->drained, deadline) == 0)
+            continue;
+        busy = first_busy(q);
+        if (!busy)
+            break;
+        return tide_fail(err, -ETIMEDOUT,
+                         "node '%s' (driver %s) did not come to rest in %llu ms: %ld requests of %s are "
+                         "still in flight; nothing was changed",
+                         busy->node[0]->name, busy->node[0]->ops->name,
+                         (unsigned long long)(q->graph->quiesce_timeout / 1000000), root_inside(busy),
+                         busy->what);
+    }
+    return 0;
+}
+
+int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n, enum quiesce_kind kind,
+                  struct quiesce **out, struct tide_error *err)
+{
+    assert(loop_is_control() && !g->quiesce);
+    wait_after_failure(g);
+    struct quiesce *q = mem_zalloc(sizeof *q + count_roots(g) * sizeof q->root[0]);
+    if (!q)
+        return tide_fail(err, -ENOMEM, "no memory to hold writes");
+    q->graph = g;
+    q->kind = kind;
+    q->since = io_now(g->io);
+    g->quiesce = q;
+    struct root *r;
+    TAILQ_FOREACH (r, &g->roots, link) {
+        if (!root_concerned(r, nodes, n, kind))
+            continue;
+        r->quiesced = false;
+        atomic_fetch_or(&r->closed, CLOSED_QUIESCE);
+        q->root[q->n++] = r;
+    }
+    int res = drain(q, err);
+    if (res < 0) {
+        g->quiesce_failed_at = io_now(g->io);
+        quiesce_end(q);
+        return res;
+    }
+    *out = q;
+    return 0;
+}
+
+void quiesce_end(struct quiesce *q)
+{
+    if (!q)
+        return;
+    struct graph *g = q->graph;
+    uint64_t age = quiesce_age(q);
+    for (unsigned i = q->n; i-- > 0;) {
+        q->root[i]->quiesced = false;
+        gate_open(q->root[i], CLOSED_QUIESCE);
+    }
+    g->quiesce = NULL;
+    mem_free(q);
+    if (age > SLOW_LOG)
+        log_info("block", "writes were held for %llu ms", (unsigned long long)(age / 1000000));
+}
+
+uint64_t quiesce_age(const struct quiesce *q)
+{
+    return io_now(q->graph->io) - q->since;
+}
+
+void graph_set_quiesce_timeout(struct graph *g, uint64_t ns)
+{
+    g->quiesce_timeout = ns;
+}
+
+bool node_is_quiesced(const struct node *n, enum quiesce_kind kind)
+{
+    struct root *r;
+    struct node *one = (struct node *)n;
+    TAILQ_FOREACH (r, &n->graph->roots, link) {
+        if (!root_concerned(r, &one, 1, kind))
+            continue;
+        unsigned closed = atomic_load(&r->closed);
+        if (!closed || ((closed & CLOSED_QUIESCE) && !r->quiesced && !(closed & CLOSED_SHUT)))
+            return false;
+    }
+    return true;
+}

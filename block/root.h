@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Roots: where I/O enters the graph (an export, one side of a job), each with a gate.
+ *
+ *   if (root_enter(r)) ...          admitted: the node behind r stands still until root_leave
+ *   node_pwritev(root_node(r), ...)
+ *   root_leave(r)
+ *
+ * Enter once per batch of requests (rules: admission before locks: whoever is not admitted holds
+ * nothing that an admitted request can wait for). Leave on the loop that entered. A parked caller
+ * has to look up node, size and permissions again after root_enter returned.
+ *
+ * quiesce_begin() closes the gates of all roots that reach a node of a set and waits until nobody is
+ * inside; it is the only way to change what I/O reads. */
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/error.h"
+#include "co/co.h"
+
+struct graph;
+struct node;
+struct root;
+
+#define ROOT_READ 1u
+#define ROOT_WRITE 2u
+#define ROOT_ALONE 4u /* nobody else writes to the node while this root lives */
+
+/* `what` ("export 'e0'", "job 'j0' target") names it in errors; copied. Checks permissions both ways
+ * and takes file locks: -EPERM, -EBUSY, -EAGAIN with a text. The node gets a reference. Control. */
+co_fn int root_new(struct node *n, unsigned perm, const char *what, struct root **out,
+                   struct tide_error *err);
+/* Nobody is inside and nobody will enter. NULL is fine. Control loop. */
+co_fn void root_free(struct root *r);
+/* A root over two nodes with one gate: a job's unit is admitted once for source and target. */
+co_fn int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err);
+struct node *root_node(struct root *r); /* admitted, or control loop */
+unsigned root_perm(const struct root *r, const struct node *n);
+const char *root_what(const struct root *r);
+struct root *root_next(struct root *r); /* of the graph; NULL at the end */
+
+/* Any loop. Yields while the gate is closed. */
+co_fn void root_enter(struct root *r);
+/* As root_enter, but false instead of waiting. Not a co_fn. */
+bool root_try_enter(struct root *r);
+void root_leave(struct root *r);
+
+/* Close and drain everything that reaches one of the nodes; fails, with every gate open again and
+ * nothing changed, when draining takes longer than the limit. Control loop. */
+enum quiesce_kind { QUIESCE_WRITES, QUIESCE_ALL };
+struct quiesce;
+co_fn int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n,
+                        enum quiesce_kind kind, struct quiesce **out, struct tide_error *err);
+/* Opens the gates, last closed first. NULL is fine. */
+void quiesce_end(struct quiesce *q);
+/* Nanoseconds since the first gate was closed. */
+uint64_t quiesce_age(const struct quiesce *q);
+void graph_set_quiesce_timeout(struct graph *g, uint64_t ns);
+/* True while every root that reaches `n` (with write permission, for QUIESCE_WRITES) is drained. */
+bool node_is_quiesced(const struct node *n, enum quiesce_kind kind);
+
+/* A root whose gate is shut from the start (a job before its transaction's record). */
+void root_shut(struct root *r);
+void root_open(struct root *r);
+/* Is somebody waiting to change the graph below (or was it shut)? One load; any loop. A connection
+ * that stays admitted over several requests looks here before each and leaves when it is true. */
+bool root_is_shut(const struct root *r);

@@ -1,0 +1,359 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The tracker of a node.
+ *
+ * A write reads one thing: node->marks, the array of bitmaps it has to mark. The array is rebuilt
+ * whenever a bitmap comes, goes, is switched or frozen, always while the node is quiesced, so a
+ * marker never meets a change. Its room is reserved when a bitmap is attached and never given back
+ * while the node lives: what an undo does (reattach, enable) must not need memory.
+ *
+ * Contents that are done with (the old bits after a clear, a successor) go to the reaper, which frees
+ * them after a grace round: an NBD block-status on another loop may just be reading. */
+#include "block/tracker.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "block/driver.h"
+#include "block/root.h"
+#include "io/io.h"
+
+#define RETIRED_KICK 64u
+
+/* ------------------------------------------------------------------ the reaper */
+
+struct reaper {
+    struct graph *graph;
+    struct bitmap *pending; /* linked by bitmap_link */
+    struct io_event kick;
+    bool running, stop;
+    struct io_event stopped;
+};
+
+struct collect {
+    struct graph *graph;
+    struct bitmap_retired batch;
+};
+
+static void collect_here(void *arg)
+{
+    struct collect *c = arg;
+    bitmap_retired_move(&c->batch, &c->graph->loop[loop_index(loop_self())].retired);
+}
+
+/* Collect what every loop replaced, wait until nobody can look at it any more, free it. */
+static co_fn void reap_round(struct reaper *rp)
+{
+    struct graph *g = rp->graph;
+    struct collect c = {.graph = g};
+    struct bitmap *list = rp->pending;
+    rp->pending = NULL;
+    for (unsigned i = 0; i < io_n_loops(g->io); i++)
+        loop_call(io_loop(g->io, i), collect_here, &c);
+    io_grace(g->io);
+    bitmap_retired_free(&c.batch);
+    while (list) {
+        struct bitmap *next = *bitmap_link(list);
+        bitmap_free(list);
+        list = next;
+    }
+}
+
+static void reaper_main(void *arg)
+{
+    struct reaper *rp = arg;
+    while (!rp->stop) {
+        io_event_wait(&rp->kick, IO_FOREVER);
+        reap_round(rp);
+    }
+    reap_round(rp);
+    io_event_set(&rp->stopped);
+}
+
+int reaper_new(struct graph *g)
+{
+    g->reaper = mem_zalloc(sizeof *g->reaper);
+    if (!g->reaper)
+        return -ENOMEM;
+    g->reaper->graph = g;
+    return 0;
+}
+
+/* Everything is quiet: the loops have ended or run nothing of ours. */
+void reaper_free(struct graph *g)
+{
+    struct reaper *rp = g->reaper;
+    for (unsigned i = 0; i < io_n_loops(g->io); i++)
+        bitmap_retired_free(&g->loop[i].retired);
+    while (rp->pending) {
+        struct bitmap *next = *bitmap_link(rp->pending);
+        bitmap_free(rp->pending);
+        rp->pending = next;
+    }
+    mem_free(rp);
+}
+
+void graph_stop(struct graph *g)
+{
+    if (!g->reaper->running)
+        return;
+    g->reaper->stop = true;
+    io_event_set(&g->reaper->kick);
+    io_event_wait(&g->reaper->stopped, IO_FOREVER);
+    g->reaper->running = false;
+}
+
+int graph_start(struct graph *g)
+{
+    int r = loop_spawn(io_loop(g->io, 0), reaper_main, g->reaper);
+    g->reaper->running = r == 0;
+    return r;
+}
+
+void graph_bitmap_free_later(struct graph *g, struct bitmap *bits)
+{
+    if (!bits)
+        return;
+    *bitmap_link(bits) = g->reaper->pending;
+    g->reaper->pending = bits;
+    io_event_set(&g->reaper->kick);
+}
+
+struct bitmap_retired *graph_retired(struct graph *g)
+{
+    struct bitmap_retired *r = &g->loop[loop_index(loop_self())].retired;
+    if (r->n >= RETIRED_KICK)
+        io_event_set(&g->reaper->kick);
+    return r;
+}
+
+/* ------------------------------------------------------------------ marking */
+
+void tracker_mark(struct node *n, uint64_t off, uint64_t len)
+{
+    struct mark_set *s = n->marks;
+    if (!s || !s->n)
+        return;
+    struct bitmap_retired *r = graph_retired(n->graph);
+    for (unsigned i = 0; i < s->n; i++)
+        bitmap_mark(s->bits[i], off, len, r);
+}
+
+static unsigned count_bitmaps(const struct node *n)
+{
+    unsigned k = 0;
+    for (struct dirty_bitmap *b = n->bitmaps; b; b = b->next)
+        k++;
+    return k;
+}
+
+static int marks_reserve(struct node *n, unsigned cap)
+{
+    if (n->marks && n->marks->cap >= cap)
+        return 0;
+    cap = MAX(4u, cap * 2);
+    struct mark_set *s = mem_realloc(n->marks, 1, sizeof *s + cap * sizeof s->bits[0]);
+    if (!s)
+        return -ENOMEM;
+    if (!n->marks)
+        s->n = 0;
+    s->cap = cap;
+    n->marks = s;
+    return 0;
+}
+
+static void marks_rebuild(struct node *n)
+{
+    assert(node_is_quiesced(n, QUIESCE_WRITES));
+    struct mark_set *s = n->marks;
+    s->n = 0;
+    for (struct dirty_bitmap *b = n->bitmaps; b; b = b->next) {
+        if (b->enabled && !b->inconsistent) {
+            assert(s->n < s->cap);
+            s->bits[s->n++] = b->successor ? b->successor : b->bits;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ finding and making */
+
+struct dirty_bitmap *node_bitmaps(const struct node *n)
+{
+    return n->bitmaps;
+}
+
+static struct dirty_bitmap *find(const struct node *n, const char *name)
+{
+    struct dirty_bitmap *b = n->bitmaps;
+    while (b && strcmp(b->name, name))
+        b = b->next;
+    return b;
+}
+
+int dirty_bitmap_find(struct node *n, const char *name, unsigned needs, struct dirty_bitmap **out,
+                      struct tide_error *err)
+{
+    struct dirty_bitmap *b = find(n, name);
+    if (!b)
+        return tide_fail(err, -ENOENT, "bitmap '%s' on node '%s' not found", name, n->name);
+    if ((needs & BITMAP_NOT_BUSY) && b->n_busy)
+        return tide_fail(err, -EBUSY, "bitmap '%s' on node '%s' is in use by a job or an export", name,
+                         n->name);
+    if ((needs & BITMAP_WRITABLE) && b->read_only)
+        return tide_fail(err, -EROFS, "bitmap '%s' on node '%s' is read-only", name, n->name);
+    if ((needs & BITMAP_CONSISTENT) && b->inconsistent)
+        return tide_fail(err, -EINVAL,
+                         "bitmap '%s' on node '%s' is inconsistent: it can only be removed", name,
+                         n->name);
+    *out = b;
+    return 0;
+}
+
+static int check_name(struct node *n, const char *name, struct tide_error *err)
+{
+    if (!name[0])
+        return tide_fail(err, -EINVAL, "a bitmap on node '%s' needs a name that is not empty", n->name);
+    if (strlen(name) > DIRTY_BITMAP_NAME_MAX)
+        return tide_fail(err, -EINVAL, "bitmap name '%.40s...' is longer than %u bytes", name,
+                         DIRTY_BITMAP_NAME_MAX);
+    if (find(n, name))
+        return tide_fail(err, -EEXIST, "bitmap '%s' on node '%s' exists already", name, n->name);
+    return 0;
+}
+
+static int pick_granularity(struct node *n, bool given, uint64_t granularity, unsigned *shift,
+                            struct tide_error *err)
+{
+    if (!given)
+        granularity = n->cluster ? MIN(MAX(n->cluster, 4096u), 65536u) : 65536;
+    if (!is_pow2(granularity) || granularity < 512 || granularity > 2 * GIB)
+        return tide_fail(err, -EINVAL,
+                         "granularity %llu is not a power of two from 512 to 2147483648",
+                         (unsigned long long)granularity);
+    *shift = (unsigned)__builtin_ctzll(granularity);
+    return 0;
+}
+
+int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, bool has_granularity,
+                     bool disabled, struct dirty_bitmap **out, struct tide_error *err)
+{
+    unsigned shift = 0;
+    int r = check_name(n, name, err);
+    if (r == 0)
+        r = pick_granularity(n, has_granularity, granularity, &shift, err);
+    if (r < 0)
+        return r;
+    struct dirty_bitmap *b = mem_zalloc(sizeof *b);
+    r = b && (b->name = mem_strdup(name)) ? bitmap_new(n->size, shift, &b->bits) : -ENOMEM;
+    if (r < 0) {
+        if (b)
+            mem_free(b->name);
+        mem_free(b);
+        if (r == -E2BIG)
+            return tide_fail(err, r,
+                             "bitmap '%s': granularity %llu is too fine for the size of node '%s'; the "
+                             "finest that works is %llu",
+                             name, 1ull << shift, n->name, 1ull << bitmap_min_shift(n->size));
+        return tide_fail(err, r, "no memory for bitmap '%s' on node '%s'", name, n->name);
+    }
+    b->enabled = !disabled;
+    b->node = n;
+    *out = b;
+    return 0;
+}
+
+int dirty_bitmap_check_watch(const struct dirty_bitmap *b, struct tide_error *err)
+{
+    return node_check_watch(b->node, err);
+}
+
+void dirty_bitmap_free(struct dirty_bitmap *b)
+{
+    if (!b)
+        return;
+    assert(!b->n_busy);
+    graph_bitmap_free_later(b->node->graph, b->bits);
+    graph_bitmap_free_later(b->node->graph, b->successor);
+    mem_free(b->name);
+    mem_free(b);
+}
+
+/* ------------------------------------------------------------------ changes */
+
+int tracker_attach(struct dirty_bitmap *b, struct node *n)
+{
+    int r = marks_reserve(n, count_bitmaps(n) + 1);
+    if (r < 0)
+        return r;
+    b->next = n->bitmaps;
+    n->bitmaps = b;
+    marks_rebuild(n);
+    return 0;
+}
+
+void tracker_detach(struct dirty_bitmap *b)
+{
+    struct node *n = b->node;
+    struct dirty_bitmap **p = &n->bitmaps;
+    while (*p != b)
+        p = &(*p)->next;
+    *p = b->next;
+    marks_rebuild(n);
+}
+
+void tracker_reattach(struct dirty_bitmap *b, struct node *n, struct dirty_bitmap *before)
+{
+    struct dirty_bitmap **p = &n->bitmaps;
+    while (*p != before)
+        p = &(*p)->next;
+    b->next = *p;
+    *p = b;
+    marks_rebuild(n);
+}
+
+void dirty_bitmap_set_enabled(struct dirty_bitmap *b, bool enabled)
+{
+    b->enabled = enabled;
+    marks_rebuild(b->node);
+}
+
+int dirty_bitmap_freeze(struct dirty_bitmap *b)
+{
+    assert(!b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
+    int r = bitmap_new(bitmap_size(b->bits), bitmap_shift(b->bits), &b->successor);
+    if (r < 0)
+        return r;
+    b->n_busy++;
+    marks_rebuild(b->node);
+    return 0;
+}
+
+static void end_freeze(struct dirty_bitmap *b)
+{
+    struct bitmap *done = b->successor;
+    b->successor = NULL;
+    b->n_busy--;
+    marks_rebuild(b->node);
+    graph_bitmap_free_later(b->node->graph, done);
+}
+
+void dirty_bitmap_abdicate(struct dirty_bitmap *b)
+{
+    assert(b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
+    bitmap_swap(b->bits, b->successor);
+    end_freeze(b);
+}
+
+void dirty_bitmap_reclaim(struct dirty_bitmap *b)
+{
+    assert(b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
+    if (bitmap_merge(b->bits, b->successor) < 0) {
+        log_warn("block", "no memory to fold back bitmap '%s': all of node '%s' is marked dirty", b->name,
+                 b->node->name);
+        bitmap_mark(b->bits, 0, UINT64_MAX, graph_retired(b->node->graph));
+    }
+    end_freeze(b);
+}

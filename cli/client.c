@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The QMP client.
+ *
+ * The daemon sends a stream of JSON objects: answers, and events between them at any time, even
+ * before the answer of the command that caused them. The stream promises no line ends, so a small
+ * scanner finds where an object ends (it counts brackets outside strings, and never looks at a byte
+ * twice); the parser then sees whole objects only. */
+#include "cli/client.h"
+#include "base/mem.h"
+#include <assert.h>
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define GREETING_TIMEOUT_MS 5000
+#define READ_SIZE ((size_t)64 * 1024)
+#define MESSAGE_MAX ((size_t)1 << 30) /* a peer that sends more without an end is no QMP server */
+
+struct client {
+    int fd;
+    char *buf; /* `used` bytes of `size`; the first `scanned` of them have been looked at */
+    size_t used, size, scanned;
+    unsigned depth; /* open brackets at `scanned` */
+    bool in_string, escaped;
+    json_t *events; /* array, oldest first */
+};
+
+static volatile sig_atomic_t interrupted;
+
+static void note_interrupt(int signo)
+{
+    interrupted = 1;
+}
+
+void client_catch_interrupts(void)
+{
+    struct sigaction sa = {.sa_handler = note_interrupt, .sa_flags = (int)SA_RESETHAND};
+    sigemptyset(&sa.sa_mask);
+    sigaction(SIGINT, &sa, NULL);
+    sigaction(SIGTERM, &sa, NULL);
+    sigaction(SIGHUP, &sa, NULL);
+}
+
+bool client_interrupted(void)
+{
+    return interrupted != 0;
+}
+
+static int64_t now_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* How much of a timeout is left; -1 stays -1. */
+static int left_ms(int64_t deadline)
+{
+    if (deadline < 0)
+        return -1;
+    int64_t left = deadline - now_ms();
+    return left < 0 ? 0 : (int)left;
+}
+
+static int no_memory(struct tide_error *err)
+{
+    return tide_fail(err, -ENOMEM, "no memory for the daemon's answer");
+}
+
+static int lost(struct tide_error *err, int errnum)
+{
+    if (errnum == 0)
+        return tide_fail(err, CLIENT_UNREACHABLE, "the daemon closed the connection");
+    return tide_fail(err, CLIENT_UNREACHABLE, "the connection to the daemon broke: %s",
+                     tide_strerror(errnum));
+}
+
+/* Length of the first whole object in the buffer, 0 if there is none yet. */
+static size_t scan(struct client *c)
+{
+    while (c->scanned < c->used) {
+        char ch = c->buf[c->scanned++];
+        if (c->in_string) {
+            if (c->escaped)
+                c->escaped = false;
+            else if (ch == '\\')
+                c->escaped = true;
+            else if (ch == '"')
+                c->in_string = false;
+        } else if (ch == '"') {
+            c->in_string = true;
+        } else if (ch == '{' || ch == '[') {
+            c->depth++;
+        } else if ((ch == '}' || ch == ']') && c->depth > 0 && --c->depth == 0) {
+            return c->scanned;
+        }
+    }
+    return 0;
+}
+
+static void consume(struct client *c, size_t len)
+{
+    memmove(c->buf, c->buf + len, c->used - len);
+    c->used -= len;
+    c->scanned = 0;
+}
+
+/* Reads what is there, at least one byte. */
+static int fill(struct client *c, struct tide_error *err)
+{
+    if (c->size - c->used < READ_SIZE) {
+        size_t size = c->size * 2 < READ_SIZE ? READ_SIZE * 2 : c->size * 2;
+        char *buf = size > MESSAGE_MAX ? NULL : mem_realloc(c->buf, size, 1);
+        if (!buf)
+            return no_memory(err);
+        c->buf = buf;
+        c->size = size;
+    }
+    ssize_t n = recv(c->fd, c->buf + c->used, c->size - c->used, 0);
+    if (n < 0)
+        return errno == EINTR ? 0 : lost(err, errno);
+    if (n == 0)
+        return lost(err, 0);
+    c->used += (size_t)n;
+    return 0;
+}
+
+/* The next object of the stream. *out NULL: none within the time, or (if `interruptible`) before a
+ * signal came. */
+static int next_object(struct client *c, int64_t deadline, bool interruptible, json_t **out,
+                       struct tide_error *err)
+{
+    *out = NULL;
+    size_t len;
+    while ((len = scan(c)) == 0) {
+        struct pollfd p = {.fd = c->fd, .events = POLLIN};
+        int r = poll(&p, 1, left_ms(deadline));
+        if (r == 0 || (r < 0 && errno == EINTR && interruptible))
+            return 0;
+        if (r < 0 && errno != EINTR)
+            return lost(err, errno);
+        r = r < 0 ? 0 : fill(c, err);
+        if (r < 0)
+            return r;
+    }
+    json_error_t why;
+    *out = json_loadb(c->buf, len, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &why);
+    consume(c, len);
+    if (!json_is_object(*out)) {
+        json_decref(*out);
+        *out = NULL;
+        return tide_fail(err, CLIENT_UNREACHABLE, "what answers there does not speak QMP");
+    }
+    return 0;
+}
+
+static int keep_event(struct client *c, json_t *event, struct tide_error *err)
+{
+    return json_array_append_new(c->events, event) < 0 ? no_memory(err) : 0;
+}
+
+static int send_all(struct client *c, const char *text, size_t len, struct tide_error *err)
+{
+    while (len > 0) {
+        ssize_t n = send(c->fd, text, len, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return lost(err, errno);
+        text += n;
+        len -= (size_t)n;
+    }
+    return 0;
+}
+
+/* An answer: the value, or the daemon's error in ours. Steals `message`. */
+static int take_answer(json_t *message, json_t **reply, struct tide_error *err)
+{
+    int r = 0;
+    json_t *value = json_object_get(message, "return");
+    if (value) {
+        if (reply)
+            *reply = json_incref(value);
+    } else {
+        const char *class = NULL, *desc = NULL;
+        json_unpack(message, "{s:{s?s, s?s}}", "error", "class", &class, "desc", &desc);
+        enum tide_class k = TIDE_GENERIC;
+        for (int i = TIDE_COMMAND_NOT_FOUND; class && i <= TIDE_DEVICE_NOT_ACTIVE; i++)
+            if (strcmp(class, tide_class_name((enum tide_class)i)) == 0)
+                k = (enum tide_class)i;
+        r = tide_fail_class(err, k, CLIENT_REFUSED, "%s", desc ? desc : "error without words");
+    }
+    json_decref(message);
+    return r;
+}
+
+static int await_answer(struct client *c, json_t **reply, struct tide_error *err)
+{
+    for (;;) {
+        json_t *message;
+        int r = next_object(c, -1, false, &message, err);
+        if (r < 0)
+            return r;
+        assert(message);
+        if (!json_object_get(message, "event"))
+            return take_answer(message, reply, err);
+        r = keep_event(c, message, err);
+        if (r < 0)
+            return r;
+    }
+}
+
+int client_send(struct client *c, json_t *request, json_t **reply, struct tide_error *err)
+{
+    if (reply)
+        *reply = NULL;
+    char *json = json_dumps(request, JSON_COMPACT);
+    char *text = json ? mem_printf("%s\n", json) : NULL;
+    json_decref(request);
+    free(json);
+    if (!text)
+        return no_memory(err);
+    int r = send_all(c, text, strlen(text), err);
+    mem_free(text);
+    return r < 0 ? r : await_answer(c, reply, err);
+}
+
+int client_call(struct client *c, const char *command, json_t *args, json_t **reply,
+                struct tide_error *err)
+{
+    /* "o*" leaves the member out when there are no arguments. */
+    json_t *request = json_pack("{s:s, s:o*}", "execute", command, "arguments", args);
+    if (!request) {
+        if (reply)
+            *reply = NULL;
+        return no_memory(err);
+    }
+    return client_send(c, request, reply, err);
+}
+
+bool client_unknown_command(const struct tide_error *err)
+{
+    return err->code == CLIENT_REFUSED && err->class == TIDE_COMMAND_NOT_FOUND;
+}
+
+int client_event(struct client *c, int timeout_ms, json_t **event, struct tide_error *err)
+{
+    *event = NULL;
+    if (json_array_size(c->events) > 0) {
+        *event = json_incref(json_array_get(c->events, 0));
+        json_array_remove(c->events, 0);
+        return 0;
+    }
+    return next_object(c, timeout_ms < 0 ? -1 : now_ms() + timeout_ms, true, event, err);
+}
+
+int client_wait_close(struct client *c, int timeout_ms, struct tide_error *err)
+{
+    int64_t deadline = now_ms() + timeout_ms;
+    for (;;) {
+        json_t *message;
+        int r = next_object(c, deadline, false, &message, err);
+        if (r == CLIENT_UNREACHABLE)
+            return 0;
+        if (r < 0)
+            return r;
+        if (!message)
+            return tide_fail(err, -ETIMEDOUT, "the daemon still runs");
+        json_decref(message);
+    }
+}
+
+static int connect_to(const char *path, int *fd, struct tide_error *err)
+{
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof sa.sun_path)
+        return tide_fail(err, -ENAMETOOLONG, "'%s' is too long for the path of a socket", path);
+    memcpy(sa.sun_path, path, strlen(path) + 1);
+    *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (*fd < 0)
+        return tide_fail(err, -errno, "cannot make a socket: %s", tide_strerror(errno));
+    if (connect(*fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
+        int errnum = errno;
+        close(*fd);
+        return tide_fail(err, CLIENT_UNREACHABLE, "no daemon at '%s': %s", path,
+                         tide_strerror(errnum));
+    }
+    return 0;
+}
+
+static int negotiate(struct client *c, const char *path, struct tide_error *err)
+{
+    json_t *greeting;
+    int r = next_object(c, now_ms() + GREETING_TIMEOUT_MS, false, &greeting, err);
+    if (r < 0)
+        return r;
+    bool qmp = json_object_get(greeting, "QMP");
+    json_decref(greeting);
+    if (!greeting)
+        return tide_fail(
+            err, CLIENT_UNREACHABLE,
+            "'%s' takes the connection but does not greet; it may serve another client", path);
+    if (!qmp)
+        return tide_fail(err, CLIENT_UNREACHABLE, "what listens at '%s' does not speak QMP", path);
+    return client_call(c, "qmp_capabilities", NULL, NULL, err);
+}
+
+int client_open(const char *path, struct client **out, struct tide_error *err)
+{
+    int fd = -1;
+    int r = connect_to(path, &fd, err);
+    if (r < 0)
+        return r;
+    struct client *c = mem_new(struct client);
+    c->fd = fd;
+    c->events = json_array();
+    r = c->events ? negotiate(c, path, err) : no_memory(err);
+    if (r < 0) {
+        client_close(c);
+        return r;
+    }
+    *out = c;
+    return 0;
+}
+
+void client_close(struct client *c)
+{
+    if (!c)
+        return;
+    close(c->fd);
+    json_decref(c->events);
+    mem_free(c->buf);
+    mem_free(c);
+}

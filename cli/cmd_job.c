@@ -1,0 +1,291 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* job ls, wait, cancel; txn run; qmp: jobs, and the doors for those who write JSON. */
+#include "base/mem.h"
+#include "cli/cli.h"
+#include "cli/progress.h"
+#include "cli/size.h"
+#include "cli/table.h"
+#include "cli/view.h"
+#include <errno.h>
+#include <string.h>
+
+/* ---- ls and cancel ---- */
+
+static int print_jobs(struct cli *c, json_t *jobs)
+{
+    static const char *const heads[] = {"JOB", "TYPE", "STATUS", ">DONE", ">OF", "ERROR"};
+    struct table t;
+    table_init(&t, heads, sizeof heads / sizeof *heads);
+    json_t *list = cli_pack("[]");
+    for (size_t i = json_array_size(jobs); i-- > 0;) {
+        json_t *j = json_array_get(jobs, i);
+        uint64_t done = view_number(j, "current-progress"),
+                 total = view_number(j, "total-progress");
+        const char *error = view_string(j, "error", NULL);
+        table_row(&t, view_string(j, "id", ""), view_string(j, "type", ""),
+                  view_string(j, "status", ""), size_text(done).s, size_text(total).s,
+                  error ? error : "");
+        json_array_append_new(list, cli_pack("{s:s, s:s, s:s, s:I, s:I, s:s?}", "job",
+                                             view_string(j, "id", ""), "type",
+                                             view_string(j, "type", ""), "status",
+                                             view_string(j, "status", ""), "done", (json_int_t)done,
+                                             "total", (json_int_t)total, "error", error));
+    }
+    int code = CLI_DONE;
+    if (c->json)
+        code = cli_print_json(json_incref(list));
+    else
+        table_print(&t, stdout, c->color, "no jobs");
+    json_decref(list);
+    table_fini(&t);
+    return code;
+}
+
+int cmd_job_ls(struct cli *c)
+{
+    struct tide_error err;
+    json_t *jobs;
+    int code = cli_connect(c);
+    if (code != CLI_DONE)
+        return code;
+    if (client_call(c->client, "query-jobs", NULL, &jobs, &err) < 0)
+        return cli_fail(&err);
+    code = print_jobs(c, jobs);
+    json_decref(jobs);
+    return code;
+}
+
+int cmd_job_cancel(struct cli *c)
+{
+    struct tide_error err;
+    int code = cli_connect(c);
+    if (code != CLI_DONE)
+        return code;
+    if (client_call(c->client, "job-cancel", cli_pack("{s:s}", "id", c->args[0]), NULL, &err) == 0)
+        return CLI_DONE;
+    code = cli_fail(&err);
+    if (err.code == CLIENT_REFUSED)
+        cli_hint("'tidemark job ls' lists the jobs");
+    return code;
+}
+
+/* ---- wait ---- */
+
+/* A job that somebody waits for. Its result comes in an event just before it vanishes, or stays
+ * readable if it was made with auto-dismiss off. */
+struct awaited {
+    const char *id;
+    bool ended;
+    char *error; /* NULL: it went well */
+    uint64_t done, total;
+};
+
+struct wait {
+    struct awaited *jobs;
+    size_t n, n_ended;
+};
+
+static struct awaited *find(struct wait *w, const char *id)
+{
+    for (size_t i = 0; i < w->n; i++)
+        if (strcmp(w->jobs[i].id, id) == 0)
+            return &w->jobs[i];
+    return NULL;
+}
+
+static void end(struct wait *w, struct awaited *j, const char *error)
+{
+    if (j->ended)
+        return;
+    j->ended = true;
+    j->error = error ? cli_strdup(error) : NULL;
+    w->n_ended++;
+}
+
+static void take_event(struct wait *w, json_t *event)
+{
+    const char *name = view_string(event, "event", "");
+    json_t *data = json_object_get(event, "data");
+    struct awaited *j = find(w, view_string(data, "device", view_string(data, "id", "")));
+    if (!j)
+        return;
+    if (strcmp(name, "BLOCK_JOB_COMPLETED") == 0)
+        end(w, j, view_string(data, "error", NULL));
+    else if (strcmp(name, "BLOCK_JOB_CANCELLED") == 0)
+        end(w, j, "cancelled");
+    else if (strcmp(name, "JOB_STATUS_CHANGE") == 0 &&
+             strcmp(view_string(data, "status", ""), "null") == 0)
+        end(w, j, NULL);
+}
+
+/* Looks at the jobs that are there. `first`: one that is not there never was. */
+static int look(struct cli *c, struct wait *w, bool first, struct tide_error *err)
+{
+    json_t *jobs;
+    int r = client_call(c->client, "query-jobs", NULL, &jobs, err);
+    if (r < 0)
+        return r;
+    for (size_t i = 0; i < w->n; i++) {
+        struct awaited *a = &w->jobs[i];
+        json_t *found = NULL, *j;
+        size_t k;
+        json_array_foreach (jobs, k, j)
+            if (strcmp(view_string(j, "id", ""), a->id) == 0)
+                found = j;
+        if (!found && first)
+            r = tide_fail(err, -ENOENT, "job '%s' not found", a->id);
+        if (!found)
+            continue;
+        a->done = view_number(found, "current-progress");
+        a->total = view_number(found, "total-progress");
+        if (strcmp(view_string(found, "status", ""), "concluded") == 0)
+            end(w, a, view_string(found, "error", NULL));
+    }
+    json_decref(jobs);
+    return r;
+}
+
+static int wait_all(struct cli *c, struct wait *w, struct tide_error *err)
+{
+    struct progress p;
+    struct progress_line *lines = cli_alloc(w->n, sizeof *lines);
+    progress_start(&p, c->progress);
+    int r = look(c, w, true, err);
+    while (r == 0 && w->n_ended < w->n) {
+        for (size_t i = 0; i < w->n; i++)
+            lines[i] = (struct progress_line){w->jobs[i].id, w->jobs[i].done, w->jobs[i].total};
+        progress_draw(&p, lines, w->n, false);
+        json_t *event;
+        r = client_event(c->client, 200, &event, err);
+        if (event)
+            take_event(w, event);
+        json_decref(event);
+        if (r == 0)
+            r = look(c, w, false, err);
+    }
+    progress_end(&p);
+    mem_free(lines);
+    return r;
+}
+
+static int print_results(struct cli *c, const struct wait *w)
+{
+    size_t n_failed = 0;
+    json_t *list = cli_pack("[]");
+    for (size_t i = 0; i < w->n; i++) {
+        const struct awaited *j = &w->jobs[i];
+        n_failed += j->error != NULL;
+        json_array_append_new(list, cli_pack("{s:s, s:s?}", "job", j->id, "error", j->error));
+        if (j->error)
+            cli_error("job '%s': %s", j->id, j->error);
+    }
+    if (c->json)
+        cli_print_json(json_incref(list));
+    json_decref(list);
+    return n_failed == 0 ? CLI_DONE : n_failed == w->n ? CLI_FAILED : CLI_PARTLY;
+}
+
+int cmd_job_wait(struct cli *c)
+{
+    struct tide_error err;
+    int code = cli_connect(c);
+    if (code != CLI_DONE)
+        return code;
+    struct wait w = {.jobs = cli_alloc(c->n_args, sizeof *w.jobs)};
+    for (size_t i = 0; i < c->n_args; i++)
+        if (!find(&w, c->args[i]))
+            w.jobs[w.n++].id = c->args[i];
+    if (wait_all(c, &w, &err) < 0)
+        code = cli_fail(&err);
+    else
+        code = print_results(c, &w);
+    for (size_t i = 0; i < w.n; i++)
+        mem_free(w.jobs[i].error);
+    mem_free(w.jobs);
+    return code;
+}
+
+/* ---- txn run ---- */
+
+static json_t *read_json(const char *path, struct tide_error *err)
+{
+    json_error_t why;
+    json_t *v = strcmp(path, "-") == 0 ? json_loadf(stdin, JSON_REJECT_DUPLICATES, &why)
+                                       : json_load_file(path, JSON_REJECT_DUPLICATES, &why);
+    if (!v)
+        tide_fail(err, -EINVAL, "'%s', line %d: %s", path, why.line, why.text);
+    return v;
+}
+
+int cmd_txn_run(struct cli *c)
+{
+    struct tide_error err;
+    json_t *list = read_json(c->args[0], &err);
+    if (!list)
+        return cli_fail(&err);
+    json_t *request = json_is_array(list) ? cli_pack("{s:O}", "actions", list) : json_incref(list);
+    json_decref(list);
+    size_t n = json_array_size(json_object_get(request, "actions"));
+    if (!json_is_array(json_object_get(request, "actions"))) {
+        json_decref(request);
+        return cli_usage(c, "'%s' holds neither a list of actions nor an object with 'actions'",
+                         c->args[0]);
+    }
+    int code = cli_connect(c);
+    if (code != CLI_DONE) {
+        json_decref(request);
+        return code;
+    }
+    if (client_call(c->client, "transaction", request, NULL, &err) < 0) {
+        code = cli_fail(&err);
+        if (err.code == CLIENT_REFUSED)
+            cli_hint("nothing was changed: all actions take effect, or none");
+        return code;
+    }
+    if (c->json)
+        return cli_print_json(cli_pack("{s:i}", "actions", (int)n));
+    printf("%zu action%s done\n", n, n == 1 ? "" : "s");
+    return CLI_DONE;
+}
+
+/* ---- qmp ---- */
+
+static json_t *parse_object(const char *text, struct tide_error *err)
+{
+    json_error_t why;
+    json_t *v = json_loads(text, JSON_REJECT_DUPLICATES, &why);
+    if (!json_is_object(v)) {
+        tide_fail(err, -EINVAL, "'%s' is no JSON object%s%s", text, v ? "" : ": ",
+                  v ? "" : why.text);
+        json_decref(v);
+        return NULL;
+    }
+    return v;
+}
+
+int cmd_qmp(struct cli *c)
+{
+    struct tide_error err;
+    bool whole = c->args[0][0] == '{';
+    if (whole && c->n_args > 1)
+        return cli_usage(c, "a whole request takes no arguments beside it");
+    json_t *given = NULL, *reply;
+    if (whole || c->n_args > 1) {
+        given = parse_object(c->args[c->n_args - 1], &err);
+        if (!given)
+            return cli_usage(c, "%s", err.msg);
+    }
+    json_t *request =
+        whole ? given : cli_pack("{s:s, s:o*}", "execute", c->args[0], "arguments", given);
+    int code = cli_connect(c);
+    if (code != CLI_DONE) {
+        json_decref(request);
+        return code;
+    }
+    if (client_send(c->client, request, &reply, &err) == 0)
+        return cli_print_json(reply);
+    code = cli_fail(&err);
+    if (client_unknown_command(&err))
+        cli_hint("'tidemark qmp query-commands' lists the commands");
+    return code;
+}

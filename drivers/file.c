@@ -1,0 +1,290 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* file, host_device: a regular file or a block device of this machine.
+ *
+ * Locks. Other programs that honour QEMU's image locking see which permissions are in use here: a
+ * shared OFD lock on byte 100 + p for each permission used, on byte 200 + p for each one that nobody
+ * else may use (p: 0 consistent read, 1 write, 2 write unchanged, 3 resize); a conflict is found by
+ * testing for an exclusive lock on the opposite byte (QEMU, docs/system/qemu-block-drivers,
+ * "image locking"; bytes as seen on 7.2). Permissions are taken when the node gets its first user, so
+ * a node without users locks nothing. A writer of ours shares writing with nobody: changes that pass
+ * us by could not be tracked. */
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/bytes.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "block/root.h"
+#include "drivers/drivers.h"
+#include "io/io.h"
+#include "schema/types.h"
+
+#define LOCK_USED 100u
+#define LOCK_UNSHARED 200u
+enum { PERM_READ, PERM_WRITE, PERM_UNCHANGED, PERM_RESIZE, N_PERMS };
+
+struct file {
+    struct io_file *f;
+    bool locking;
+    unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
+    uint64_t file_end;       /* the file's own size where it is not a multiple of align */
+};
+
+/* ------------------------------------------------------------------ open and close */
+
+static int check_kind(struct node *n, const struct io_stat *st, bool device, struct tide_error *err)
+{
+    if (device && !S_ISBLK(st->mode))
+        return tide_fail(err, -ENOTBLK, "'%s' is not a block device: use driver=file", n->filename);
+    if (!device && !S_ISREG(st->mode))
+        return tide_fail(err, -EINVAL, "'%s' is not a regular file%s", n->filename,
+                         S_ISBLK(st->mode) ? ": use driver=host_device" : "");
+    if (st->size > INT64_MAX)
+        return tide_fail(err, -EFBIG, "'%s' is larger than 2^63 - 1 bytes", n->filename);
+    return 0;
+}
+
+static int open_path(struct node *n, bool auto_read_only, struct tide_error *err)
+{
+    struct file *s = n->state;
+    int direct = n->direct ? O_DIRECT : 0;
+    int r = io_open(n->filename, (n->read_only ? O_RDONLY : O_RDWR) | direct, 0, &s->f);
+    if ((r == -EACCES || r == -EROFS || r == -EPERM) && !n->read_only && auto_read_only) {
+        n->read_only = true;
+        r = io_open(n->filename, O_RDONLY | direct, 0, &s->f);
+    }
+    if (r == -EINVAL && n->direct)
+        return tide_fail(err, r, "cannot open '%s' with cache.direct=on: its file system has no direct I/O",
+                         n->filename);
+    if (r < 0)
+        return tide_fail(err, r, "cannot open '%s'%s: %s", n->filename,
+                         n->read_only ? "" : " for writing", tide_strerror(-r));
+    return 0;
+}
+
+struct file_options {
+    const char *filename;
+    bool device, auto_read_only, locking;
+};
+
+static int file_open_with(struct node *n, const struct file_options *o, struct tide_error *err)
+{
+    struct file *s = n->state;
+    struct io_stat st;
+    s->locking = o->locking;
+    n->filename = mem_strdup(o->filename);
+    if (!n->filename)
+        return tide_fail(err, -ENOMEM, "no memory for node '%s'", node_name(n));
+    if (!o->filename[0])
+        return tide_fail(err, -EINVAL, "'filename' of node '%s' is empty", node_name(n));
+    int r = open_path(n, o->auto_read_only, err);
+    if (r < 0)
+        return r;
+    r = io_fstat(s->f, &st);
+    if (r < 0)
+        return tide_fail(err, r, "cannot read the size of '%s': %s", n->filename, tide_strerror(-r));
+    r = check_kind(n, &st, o->device, err);
+    if (r < 0)
+        return r;
+    n->size = st.size;
+    n->align = n->direct && st.align > 1 ? st.align : 1;
+    s->file_end = st.size;
+    return 0;
+}
+
+static int file_open(struct node *n, const struct q_blockdev_options *o, struct tide_error *err)
+{
+    const struct q_blockdev_options_file *f = &o->u.file;
+    if (f->has_aio && f->aio == Q_BLOCKDEV_AIO_OPTIONS_NATIVE && !n->direct)
+        return tide_fail(err, -EINVAL, "aio=native needs cache.direct=on");
+    return file_open_with(
+        n,
+        &(struct file_options){
+            f->filename, false, o->has_auto_read_only && o->auto_read_only,
+            !n->force_share && !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
+        err);
+}
+
+static int host_device_open(struct node *n, const struct q_blockdev_options *o,
+                            struct tide_error *err)
+{
+    const struct q_blockdev_options_host_device *f = &o->u.host_device;
+    if (f->has_aio && f->aio == Q_BLOCKDEV_AIO_OPTIONS_NATIVE && !n->direct)
+        return tide_fail(err, -EINVAL, "aio=native needs cache.direct=on");
+    return file_open_with(
+        n,
+        &(struct file_options){
+            f->filename, true, o->has_auto_read_only && o->auto_read_only,
+            !n->force_share && !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
+        err);
+}
+
+static void file_close(struct node *n)
+{
+    struct file *s = n->state;
+    io_close(s->f);
+}
+
+/* ------------------------------------------------------------------ locks */
+
+static co_fn int lock_bits(struct file *s, unsigned base, unsigned bits, enum io_lock how)
+{
+    for (unsigned p = 0; p < N_PERMS; p++) {
+        int r = bits & 1u << p ? io_file_lock(s->f, base + p, 1, how) : 0;
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+/* Somebody else holds one of these bytes. */
+static co_fn int test_bits(struct file *s, unsigned base, unsigned bits, unsigned *which)
+{
+    for (unsigned p = 0; p < N_PERMS; p++) {
+        *which = p;
+        int r = bits & 1u << p ? io_file_lock_test(s->f, base + p, 1, IO_LOCK_EXCLUSIVE) : 0;
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static co_fn void drop_to(struct file *s, unsigned used, unsigned unshared)
+{
+    lock_bits(s, LOCK_USED, s->used & ~used, IO_UNLOCK);
+    lock_bits(s, LOCK_UNSHARED, s->unshared & ~unshared, IO_UNLOCK);
+    s->used &= used;
+    s->unshared &= unshared;
+}
+
+static int file_set_perm(struct node *n, unsigned perm, struct tide_error *err)
+{
+    static const char *const words[] = {"consistent read", "write", "write unchanged", "resize"};
+    struct file *s = n->state;
+    unsigned used = 0, unshared = 0, which = 0;
+    if (!s->locking || !s->f)
+        return 0;
+    if (perm)
+        unshared |= 1u << PERM_RESIZE;
+    if (perm & ROOT_READ)
+        used |= 1u << PERM_READ;
+    if (perm & ROOT_WRITE) {
+        used |= 1u << PERM_WRITE;
+        unshared |= 1u << PERM_WRITE;
+    }
+    unsigned old_used = s->used, old_unshared = s->unshared;
+    int r = lock_bits(s, LOCK_USED, used & ~s->used, IO_LOCK_SHARED);
+    s->used |= used;
+    if (r == 0)
+        r = lock_bits(s, LOCK_UNSHARED, unshared & ~s->unshared, IO_LOCK_SHARED);
+    s->unshared |= unshared;
+    if (r == 0)
+        r = test_bits(s, LOCK_UNSHARED, used & ~old_used, &which);
+    if (r == 0)
+        r = test_bits(s, LOCK_USED, unshared & ~old_unshared, &which);
+    if (r < 0) {
+        drop_to(s, old_used, old_unshared);
+        if (r == -EAGAIN || r == -EACCES)
+            return tide_fail(err, -EAGAIN,
+                             "cannot get the \"%s\" lock on '%s': another process (or node) uses the image",
+                             words[which], n->filename);
+        return tide_fail(err, r, "cannot lock '%s': %s (locking=off turns locks off)", n->filename,
+                         tide_strerror(-r));
+    }
+    drop_to(s, used, unshared);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ I/O */
+
+static void zero_tail(const struct iovec *iov, int niov, uint64_t from)
+{
+    for (int i = 0; i < niov; i++) {
+        if (from >= iov[i].iov_len) {
+            from -= iov[i].iov_len;
+            continue;
+        }
+        memset((char *)iov[i].iov_base + from, 0, iov[i].iov_len - from);
+        from = 0;
+    }
+}
+
+static int file_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len)
+{
+    struct file *s = n->state;
+    ssize_t r = io_preadv(s->f, iov, niov, off);
+    if (r >= 0 && (uint64_t)r < len)
+        zero_tail(iov, niov, r); /* the file ends here, or somebody cut it */
+    return r < 0 ? (int)r : 0;
+}
+
+static int file_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
+                        unsigned flags)
+{
+    struct file *s = n->state;
+    bool fua = (flags & NODE_FUA) && !n->no_flush;
+    ssize_t r = io_pwritev(s->f, iov, niov, off, fua ? IO_DSYNC : 0);
+    if (r < 0)
+        return (int)r;
+    /* A widened direct write may have passed the end of an odd-sized file: cut it back. */
+    if (n->align > 1 && off + len > n->size)
+        return io_truncate(s->f, s->file_end);
+    return 0;
+}
+
+static int file_zero(struct node *n, uint64_t off, uint64_t len, unsigned flags)
+{
+    struct file *s = n->state;
+    int r = io_zero(s->f, off, len, flags & NODE_UNMAP ? IO_ZERO_PUNCH : IO_ZERO_KEEP);
+    if (r == 0 && (flags & NODE_FUA) && !n->no_flush)
+        r = io_fsync(s->f);
+    return r;
+}
+
+static int file_discard(struct node *n, uint64_t off, uint64_t len)
+{
+    struct file *s = n->state;
+    return io_zero(s->f, off, len, IO_DISCARD);
+}
+
+static int file_flush(struct node *n)
+{
+    struct file *s = n->state;
+    return io_fsync(s->f);
+}
+
+static int file_extent(struct node *n, uint64_t off, uint64_t len, struct extent *e)
+{
+    struct file *s = n->state;
+    e->len = len;
+    int r = io_extent(s->f, off, &e->len, &e->data);
+    if (r < 0) {
+        *e = (struct extent){.len = len, .data = true}; /* unknown: call it data */
+        return 0;
+    }
+    e->zero = !e->data;
+    return 0;
+}
+
+static struct io_file *file_offload(struct node *n, uint64_t *base)
+{
+    struct file *s = n->state;
+    *base = 0;
+    return n->direct ? NULL : s->f;
+}
+
+static uint64_t file_allocated(struct node *n)
+{
+    struct file *s = n->state;
+    struct io_stat st;
+    return io_fstat(s->f, &st) < 0 ? UINT64_MAX : st.allocated;
+}
+
+#define FILE_OPS                                                                                         \
+    .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,                   \
+    .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,          \
+    .flush = file_flush, .extent = file_extent, .offload = file_offload, .allocated = file_allocated
+
+const struct driver_ops file_driver = {.name = "file", .open = file_open, FILE_OPS};
+const struct driver_ops host_device_driver = {.name = "host_device", .open = host_device_open, FILE_OPS};

@@ -1,0 +1,936 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Tests of export/: the pure parts by themselves, and the server as its clients see it. For the
+ * latter a daemon of one or two loops runs in this process, and the test's body, a coroutine of its
+ * control loop, is the client as well. The node is a file in a fresh directory. */
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "base/mem.h"
+#include "block/node.h"
+#include "block/root.h"
+#include "block/tracker.h"
+#include "event/event.h"
+#include "export/export.h"
+#include "export/nbd/nbd.h"
+#include "schema/types.h"
+
+/* cmocka's own asserts jump, which a coroutine must not. */
+#define CHECK(x)                                                                                   \
+    do {                                                                                           \
+        if (!(x)) {                                                                                \
+            fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #x);                  \
+            abort();                                                                               \
+        }                                                                                          \
+    } while (0)
+#define CHECK_EQ(a, b)                                                                             \
+    do {                                                                                           \
+        long long va = (a), vb = (b);                                                              \
+        if (va != vb) {                                                                            \
+            fprintf(stderr, "%s:%d: %s is %lld, not %s (%lld)\n", __FILE__, __LINE__, #a, va, #b,  \
+                    vb);                                                                           \
+            abort();                                                                               \
+        }                                                                                          \
+    } while (0)
+
+#define DISK (16 * MIB)
+
+/* ------------------------------------------------------------------ pure parts */
+
+static void request_is_decoded(void **state)
+{
+    uint8_t p[NBD_REQUEST_LEN] = {0x25, 0x60, 0x95, 0x13, 0x00, 0x11, 0x00, 0x06, 1, 2,
+                                  3,    4,    5,    6,    7,    8,    0,    0,    0, 1,
+                                  0,    0,    0,    0,    0xff, 0xff, 0xff, 0xff};
+    struct nbd_request rq;
+    assert_int_equal(nbd_request_decode(p, &rq), 0);
+    assert_int_equal(rq.flags, NBD_FLAG_FUA | NBD_FLAG_FAST_ZERO);
+    assert_int_equal(rq.cmd, NBD_CMD_WRITE_ZEROES);
+    assert_true(rq.cookie == 0x0102030405060708ull);
+    assert_true(rq.off == 1ull << 32);
+    assert_true(rq.len == UINT32_MAX);
+    p[3] ^= 1;
+    assert_int_equal(nbd_request_decode(p, &rq), -EPROTO);
+}
+
+static void errno_goes_over_the_wire(void **state)
+{
+    static const int map[][2] = {
+        {0, 0},        {EPERM, 1},       {EROFS, 1},       {EIO, 5},     {ENOMEM, 12},
+        {EINVAL, 22},  {ENOSPC, 28},     {EFBIG, 28},      {EDQUOT, 28}, {EOVERFLOW, 75},
+        {ENOTSUP, 95}, {EOPNOTSUPP, 95}, {ESHUTDOWN, 108}, {EACCES, 22}, {ETIMEDOUT, 22}};
+    for (unsigned i = 0; i < sizeof map / sizeof *map; i++)
+        assert_int_equal(nbd_errno(map[i][0]), map[i][1]);
+}
+
+static void contexts_match_queries(void **state)
+{
+    struct dirty_bitmap a = {.name = "b"}, b = {.name = "a:b c"};
+    struct dirty_bitmap *both[] = {&a, &b};
+    struct nbd_export e = {.n_bitmaps = 2, .bitmaps = both, .allocation_depth = true};
+    /* Chosen contexts as bits: when listing, when setting. */
+    static const struct {
+        const char *query;
+        unsigned list, set;
+    } t[] = {
+        {"base:", 1, 0},
+        {"qemu:", 2 | 4 | 8, 0},
+        {"qemu:dirty-bitmap:", 4 | 8, 0},
+        {"base:allocation", 1, 1},
+        {"qemu:allocation-depth", 2, 2},
+        {"qemu:dirty-bitmap:b", 4, 4},
+        {"qemu:dirty-bitmap:a:b c", 8, 8},
+        {"qemu:dirty-bitmap:a", 0, 0},
+        {"qemu:dirty", 0, 0},
+        {"base:allocationx", 0, 0},
+        {"base", 0, 0},
+        {"", 0, 0},
+        {"other:", 0, 0},
+    };
+    for (unsigned depth = 0; depth < 2; depth++) {
+        e.allocation_depth = depth;
+        for (unsigned i = 0; i < 2 * sizeof t / sizeof *t; i++) {
+            bool list = i % 2;
+            uint8_t chosen[4] = {0};
+            unsigned want = list ? t[i / 2].list : t[i / 2].set;
+            nbd_context_match(&e, t[i / 2].query, strlen(t[i / 2].query), list, chosen);
+            for (unsigned id = 0; id < 4; id++)
+                assert_int_equal(chosen[id], want >> id & 1 && (id != 1 || depth));
+        }
+    }
+    uint8_t all[4] = {0};
+    nbd_context_all(&e, all);
+    assert_memory_equal(all, "\1\1\1\1", 4);
+}
+
+/* ------------------------------------------------------------------ a daemon */
+
+struct world {
+    struct io *io;
+    struct graph *graph;
+    struct event_bus *bus;
+    struct event_sink sink;
+    struct exports *x;
+    struct io_addr addr;
+    char dir[64], path[128];
+    unsigned n_deleted;
+    void (*body)(struct world *);
+};
+
+static void on_event(struct event_sink *sink, json_t *event)
+{
+    struct world *w = (struct world *)((char *)sink - offsetof(struct world, sink));
+    CHECK(strcmp(json_string_value(json_object_get(event, "event")), "BLOCK_EXPORT_DELETED") == 0);
+    w->n_deleted++;
+}
+
+static void *parse(const struct schema_type *type, const char *text, struct arena *a)
+{
+    struct tide_error err;
+    void *out;
+    json_t *j = json_loads(text, 0, NULL);
+    CHECK(j);
+    int r = schema_parse(type, j, a, 0, &out, &err);
+    json_decref(j);
+    if (r < 0)
+        fprintf(stderr, "%s\n", err.msg);
+    CHECK_EQ(r, 0);
+    return out;
+}
+
+static void add_node(struct world *w, const char *name, bool read_only)
+{
+    struct arena a = {0};
+    struct tide_error err;
+    struct node *n;
+    char text[400];
+    snprintf(text, sizeof text,
+             "{\"driver\":\"file\",\"node-name\":\"%s\",\"filename\":\"%s\",\"read-only\":%s,"
+             "\"discard\":\"unmap\",\"locking\":\"off\"}",
+             name, w->path, read_only ? "true" : "false");
+    int r = graph_add(w->graph, parse(&q_blockdev_options_type, text, &a), &n, &err);
+    if (r < 0)
+        fprintf(stderr, "%s\n", err.msg);
+    CHECK_EQ(r, 0);
+    arena_free(&a);
+}
+
+static int try_export(struct world *w, const char *text, struct tide_error *err)
+{
+    struct arena a = {0};
+    int r = export_add(w->x, parse(&q_block_export_options_type, text, &a), err);
+    arena_free(&a);
+    return r;
+}
+
+static void add_export(struct world *w, const char *text)
+{
+    struct tide_error err;
+    int r = try_export(w, text, &err);
+    if (r < 0)
+        fprintf(stderr, "%s\n", err.msg);
+    CHECK_EQ(r, 0);
+}
+
+static struct dirty_bitmap *add_bitmap(struct world *w, const char *node, const char *name,
+                                       bool disabled)
+{
+    struct tide_error err;
+    struct node *n = graph_find(w->graph, node);
+    struct dirty_bitmap *b;
+    struct quiesce *q;
+    CHECK_EQ(dirty_bitmap_new(n, name, 65536, true, disabled, &b, &err), 0);
+    CHECK_EQ(quiesce_begin(w->graph, &n, 1, QUIESCE_WRITES, &q, &err), 0);
+    CHECK_EQ(tracker_attach(b, n), 0);
+    quiesce_end(q);
+    return b;
+}
+
+static void start_server(struct world *w, unsigned max_connections)
+{
+    struct tide_error err;
+    CHECK_EQ(nbd_server_start(w->x, &w->addr, max_connections, &err), 0);
+}
+
+static void make_disk(struct world *w)
+{
+    struct io_file *f;
+    CHECK_EQ(io_open(w->path, O_RDWR | O_CREAT, 0600, &f), 0);
+    CHECK_EQ(io_truncate(f, DISK), 0);
+    io_close(f);
+}
+
+static void world_main(void *arg)
+{
+    struct world *w = arg;
+    w->sink.fn = on_event;
+    CHECK_EQ(graph_new(w->io, &w->graph), 0);
+    CHECK_EQ(event_bus_new(w->io, &w->bus), 0);
+    event_bus_attach(w->bus, &w->sink);
+    CHECK_EQ(exports_new(w->graph, w->bus, &w->x), 0);
+    make_disk(w);
+    add_node(w, "n", false);
+    w->body(w);
+    exports_close_all(w->x);
+    exports_free(w->x);
+    graph_close_all(w->graph);
+    graph_free(w->graph);
+    event_bus_detach(w->bus, &w->sink);
+    event_bus_free(w->bus);
+    io_stop(w->io);
+}
+
+static void with_world(unsigned n_loops, void (*body)(struct world *))
+{
+    struct tide_error err;
+    struct world w = {.body = body, .dir = "/tmp/export_test.XXXXXX"};
+    assert_non_null(mkdtemp(w.dir));
+    snprintf(w.path, sizeof w.path, "%s/disk", w.dir);
+    w.addr.type = IO_ADDR_UNIX;
+    snprintf(w.addr.path, sizeof w.addr.path, "%s/sock", w.dir);
+    assert_int_equal(io_new(IO_PORTABLE, n_loops, &w.io, &err), 0);
+    assert_int_equal(io_run(w.io, world_main, &w), 0);
+    io_free(w.io);
+    unlink(w.path);
+    assert_int_equal(rmdir(w.dir), 0);
+}
+
+/* ------------------------------------------------------------------ a client */
+
+#define REPLY_MAX (256u << 10)
+
+static struct io_sock *dial(struct world *w)
+{
+    struct io_sock *s;
+    uint8_t hello[18], flags[4];
+    CHECK_EQ(io_connect(&w->addr, &s), 0);
+    CHECK_EQ(io_recv_all(s, hello, sizeof hello), 0);
+    CHECK(get_be64(hello) == NBD_MAGIC && get_be64(hello + 8) == NBD_OPTION_MAGIC);
+    put_be32(flags, NBD_FIXED_NEWSTYLE | NBD_NO_ZEROES);
+    CHECK_EQ(io_send(s, &(struct iovec){flags, 4}, 1), 0);
+    return s;
+}
+
+static void send_option(struct io_sock *s, uint32_t opt, const void *data, uint32_t len)
+{
+    uint8_t head[NBD_OPTION_LEN];
+    put_be64(head, NBD_OPTION_MAGIC);
+    put_be32(head + 8, opt);
+    put_be32(head + 12, len);
+    struct iovec iov[2] = {{head, sizeof head}, {(void *)data, len}};
+    CHECK_EQ(io_send(s, iov, len ? 2 : 1), 0);
+}
+
+/* The type of the next reply; its data is thrown away. */
+static uint32_t option_reply(struct io_sock *s)
+{
+    uint8_t head[NBD_OPTION_REPLY_LEN], data[2048];
+    CHECK_EQ(io_recv_all(s, head, sizeof head), 0);
+    CHECK(get_be64(head) == NBD_OPTION_REPLY_MAGIC);
+    CHECK(get_be32(head + 16) <= sizeof data);
+    CHECK_EQ(io_recv_all(s, data, get_be32(head + 16)), 0);
+    return get_be32(head + 12);
+}
+
+/* The last of the replies to an option. */
+static uint32_t option(struct io_sock *s, uint32_t opt, const void *data, uint32_t len)
+{
+    uint32_t type;
+    send_option(s, opt, data, len);
+    do {
+        type = option_reply(s);
+    } while (type != NBD_REP_ACK && !(type & 0x80000000u));
+    return type;
+}
+
+/* Data of GO and INFO without requests for more. */
+static uint32_t go_data(uint8_t *p, const char *name)
+{
+    uint32_t len = strlen(name);
+    put_be32(p, len);
+    memcpy(p + 4, name, len);
+    put_be16(p + 4 + len, 0);
+    return len + 6;
+}
+
+/* Data of LIST_META_CONTEXT and SET_META_CONTEXT with one query. */
+static uint32_t meta_data(uint8_t *p, const char *name, const char *query)
+{
+    uint32_t len = strlen(name), qlen = strlen(query);
+    put_be32(p, len);
+    memcpy(p + 4, name, len);
+    put_be32(p + 4 + len, 1);
+    put_be32(p + 8 + len, qlen);
+    memcpy(p + 12 + len, query, qlen);
+    return 12 + len + qlen;
+}
+
+static struct io_sock *connected(struct world *w, const char *name, bool structured)
+{
+    uint8_t data[256];
+    struct io_sock *s = dial(w);
+    if (structured)
+        CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_GO, data, go_data(data, name)), NBD_REP_ACK);
+    return s;
+}
+
+static void request(struct io_sock *s, unsigned cmd, unsigned flags, uint64_t off, uint32_t len,
+                    const void *payload, size_t payload_len)
+{
+    uint8_t head[NBD_REQUEST_LEN];
+    put_be32(head, NBD_REQUEST_MAGIC);
+    put_be16(head + 4, flags);
+    put_be16(head + 6, cmd);
+    put_be64(head + 8, off ^ len);
+    put_be64(head + 16, off);
+    put_be32(head + 24, len);
+    struct iovec iov[2] = {{head, sizeof head}, {(void *)payload, payload_len}};
+    CHECK_EQ(io_send(s, iov, payload_len ? 2 : 1), 0);
+}
+
+static uint32_t simple_reply(struct io_sock *s, void *data, size_t len)
+{
+    uint8_t head[NBD_SIMPLE_LEN];
+    CHECK_EQ(io_recv_all(s, head, sizeof head), 0);
+    CHECK_EQ(get_be32(head), NBD_SIMPLE_REPLY_MAGIC);
+    if (get_be32(head + 4) == 0 && len)
+        CHECK_EQ(io_recv_all(s, data, len), 0);
+    return get_be32(head + 4);
+}
+
+struct chunk {
+    unsigned flags, type;
+    uint32_t len;
+    uint8_t data[REPLY_MAX];
+};
+
+static void next_chunk(struct io_sock *s, struct chunk *c)
+{
+    uint8_t head[NBD_CHUNK_LEN];
+    CHECK_EQ(io_recv_all(s, head, sizeof head), 0);
+    CHECK_EQ(get_be32(head), NBD_CHUNK_MAGIC);
+    c->flags = get_be16(head + 4);
+    c->type = get_be16(head + 6);
+    c->len = get_be32(head + 16);
+    CHECK(c->len <= sizeof c->data);
+    if (c->len)
+        CHECK_EQ(io_recv_all(s, c->data, c->len), 0);
+}
+
+static bool is_closed(struct io_sock *s)
+{
+    char c;
+    return io_recv(s, &c, 1) <= 0;
+}
+
+static void wait_deleted(struct world *w, unsigned n)
+{
+    uint64_t deadline = io_now(w->io) + 20000000000u;
+    while (w->n_deleted < n) {
+        CHECK(io_now(w->io) < deadline);
+        loop_pause();
+    }
+    CHECK_EQ(w->n_deleted, n);
+}
+
+/* ------------------------------------------------------------------ exports */
+
+static void expect(struct world *w, const char *text, int code, const char *words)
+{
+    struct tide_error err;
+    CHECK_EQ(try_export(w, text, &err), code);
+    if (!strstr(err.msg, words))
+        fprintf(stderr, "'%s' does not say '%s'\n", err.msg, words);
+    CHECK(strstr(err.msg, words));
+}
+
+#define NBD_N "{\"type\":\"nbd\",\"node-name\":\"n\","
+
+static void errors_body(struct world *w)
+{
+    struct tide_error err;
+    CHECK_EQ(nbd_server_stop(w->x, &err), -ENOENT);
+    expect(w, NBD_N "\"id\":\"e\"}", -ENOENT, "nbd-server-start");
+    start_server(w, 0);
+    CHECK_EQ(nbd_server_start(w->x, &w->addr, 0, &err), -EEXIST);
+    add_node(w, "ro", true);
+    add_bitmap(w, "n", "on", false);
+    add_bitmap(w, "n", "off", true);
+    expect(w, NBD_N "\"id\":\"1\"}", -EINVAL, "'1'");
+    expect(w, NBD_N "\"id\":\"\"}", -EINVAL, "valid export id");
+    expect(w, NBD_N "\"id\":\"a b\"}", -EINVAL, "'a b'");
+    expect(w, "{\"type\":\"nbd\",\"node-name\":\"zz\",\"id\":\"e\"}", -ENOENT, "'zz'");
+    expect(w, "{\"type\":\"nbd\",\"node-name\":\"ro\",\"id\":\"e\",\"writable\":true}", -EPERM,
+           "'ro'");
+    expect(w, NBD_N "\"id\":\"e\",\"iothread\":\"io\"}", -ENOENT, "'io'");
+    expect(w, NBD_N "\"id\":\"e\",\"bitmaps\":[\"on\"]}", -EINVAL, "'on' is enabled");
+    expect(w, NBD_N "\"id\":\"e\",\"bitmaps\":[\"off\",\"zz\"]}", -ENOENT, "'zz'");
+    expect(w, NBD_N "\"id\":\"e\",\"bitmaps\":[\"off\",\"off\"]}", -EINVAL, "'off'");
+    expect(w, NBD_N "\"id\":\"e\",\"bitmaps\":[{\"node\":\"yy\",\"name\":\"on\"}]}", -ENOENT,
+           "'yy'");
+    add_export(w, NBD_N "\"id\":\"e\",\"bitmaps\":[\"off\",{\"node\":\"n\",\"name\":\"on\"}]}");
+    expect(w, NBD_N "\"id\":\"e\"}", -EEXIST, "'e'");
+    expect(w, NBD_N "\"id\":\"f\"}", -EEXIST, "named 'n'");
+    expect(w, NBD_N "\"id\":\"f\",\"name\":\"f\",\"bitmaps\":[\"off\"]}", -EBUSY, "'off'");
+    CHECK_EQ(node_bitmaps(graph_find(w->graph, "n"))->n_busy, 1);
+    CHECK_EQ(export_del(w->x, "zz", false, &err), -ENOENT);
+    CHECK_EQ(export_del_by_name(w->x, "zz", false, &err), -ENOENT);
+    CHECK_EQ(export_del_by_name(w->x, "n", false, &err), 0);
+    CHECK_EQ(w->n_deleted, 1);
+    CHECK_EQ(node_bitmaps(graph_find(w->graph, "n"))->n_busy, 0);
+}
+
+static void wrong_exports_are_refused(void **state)
+{
+    with_world(1, errors_body);
+}
+
+static void long_name_body(struct world *w)
+{
+    static char text[NBD_MAX_STRING + 200], name[NBD_MAX_STRING + 2];
+    memset(name, 'x', sizeof name - 1);
+    start_server(w, 0);
+    snprintf(text, sizeof text, NBD_N "\"id\":\"e\",\"name\":\"%s\"}", name);
+    expect(w, text, -EINVAL, "export name 'xxx");
+    snprintf(text, sizeof text, NBD_N "\"id\":\"e\",\"description\":\"%s\"}", name);
+    expect(w, text, -EINVAL, "description 'xxx");
+    snprintf(text, sizeof text, NBD_N "\"id\":\"e\",\"name\":\"%s\"}", name + 1);
+    add_export(w, text);
+}
+
+static void long_names_are_refused(void **state)
+{
+    with_world(1, long_name_body);
+}
+
+static void count_writable(void *arg, const char *id, const char *node)
+{
+    char *s = arg;
+    strcat(strcat(strcat(strcat(s, id), "="), node), " ");
+}
+
+static void query_body(struct world *w)
+{
+    struct tide_error err;
+    char writable[100] = "";
+    start_server(w, 0);
+    CHECK_EQ(iothread_add(w->x, "io", &err), 0);
+    CHECK_EQ(iothread_add(w->x, "io", &err), -EEXIST);
+    CHECK_EQ(iothread_add(w->x, "0io", &err), -EINVAL);
+    add_export(w, NBD_N "\"id\":\"a\"}");
+    add_export(w, NBD_N "\"id\":\"b\",\"name\":\"\",\"writable\":true,\"iothread\":\"io\"}");
+    json_t *all = exports_query(w->x), *first = json_array_get(all, 0);
+    CHECK_EQ(json_array_size(all), 2);
+    CHECK(strcmp(json_string_value(json_object_get(first, "id")), "b") == 0);
+    CHECK(strcmp(json_string_value(json_object_get(first, "type")), "nbd") == 0);
+    CHECK(strcmp(json_string_value(json_object_get(first, "node-name")), "n") == 0);
+    CHECK(json_is_false(json_object_get(first, "shutting-down")));
+    json_decref(all);
+    exports_each_writable(w->x, count_writable, writable);
+    CHECK(strcmp(writable, "b=n ") == 0);
+    struct io_sock *s = connected(w, "", false);
+    CHECK_EQ(iothread_del(w->x, "io", &err), -EBUSY);
+    CHECK_EQ(export_del(w->x, "b", false, &err), -EBUSY);
+    CHECK_EQ(export_del(w->x, "b", true, &err), 0);
+    CHECK(is_closed(s));
+    wait_deleted(w, 1);
+    io_sock_close(s);
+    CHECK_EQ(iothread_del(w->x, "io", &err), 0);
+    CHECK_EQ(iothread_del(w->x, "io", &err), -ENOENT);
+    CHECK_EQ(nbd_server_stop(w->x, &err), 0);
+    CHECK_EQ(w->n_deleted, 2);
+}
+
+static void exports_come_and_go(void **state)
+{
+    with_world(2, query_body);
+}
+
+/* Whatever allocation of export_add fails: -ENOMEM, and no trace is left. */
+static void no_memory_body(struct world *w)
+{
+    struct arena a = {0};
+    struct tide_error err;
+    start_server(w, 0);
+    struct dirty_bitmap *b = add_bitmap(w, "n", "b", true);
+    void *o = parse(&q_block_export_options_type,
+                    NBD_N "\"id\":\"e\",\"description\":\"d\",\"bitmaps\":[\"b\"]}", &a);
+    int r = -ENOMEM;
+    for (unsigned n = 1; r == -ENOMEM; n++) {
+        CHECK(n < 100);
+        mem_fail_after(n);
+        r = export_add(w->x, o, &err);
+        mem_fail_after(0);
+        CHECK_EQ(b->n_busy, r == 0);
+    }
+    CHECK_EQ(r, 0);
+    arena_free(&a);
+}
+
+static void export_without_memory(void **state)
+{
+    with_world(1, no_memory_body);
+}
+
+/* ------------------------------------------------------------------ the handshake */
+
+static void options_body(struct world *w)
+{
+    uint8_t data[256], zero[2] = {0};
+    static uint8_t big[NBD_MAX_OPTION_LEN + 1];
+    start_server(w, 1);
+    add_export(w, NBD_N "\"id\":\"e\",\"description\":\"d\"}");
+    struct io_sock *s = dial(w);
+    CHECK_EQ(option(s, NBD_OPT_LIST, NULL, 0), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_LIST, zero, 1), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_STARTTLS, NULL, 0), NBD_REP_ERR_POLICY);
+    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ERR_UNSUP);
+    CHECK_EQ(option(s, 4711, big, 100), NBD_REP_ERR_UNSUP);
+    CHECK_EQ(option(s, NBD_OPT_INFO, big, sizeof big), NBD_REP_ERR_TOO_BIG);
+    CHECK_EQ(option(s, NBD_OPT_INFO, data, go_data(data, "zz")), NBD_REP_ERR_UNKNOWN);
+    CHECK_EQ(option(s, NBD_OPT_INFO, data, go_data(data, "n") - 1), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_INFO, zero, 2), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_INFO, data, go_data(data, "n")), NBD_REP_ACK);
+    uint32_t len = meta_data(data, "n", "base:allocation");
+    CHECK_EQ(option(s, NBD_OPT_SET_META_CONTEXT, data, len), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_LIST_META_CONTEXT, data, len), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_SET_META_CONTEXT, data, len - 1), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_SET_META_CONTEXT, data, len), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_ABORT, NULL, 0), NBD_REP_ACK);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+    s = dial(w); /* max_connections is 1: the server has noticed that the first is gone */
+    send_option(s, NBD_OPT_EXPORT_NAME, "n", 1);
+    CHECK_EQ(io_recv_all(s, data, 10), 0);
+    CHECK(get_be64(data) == DISK);
+    CHECK_EQ(get_be16(data + 8),
+             NBD_HAS_FLAGS | NBD_READ_ONLY | NBD_SEND_FLUSH | NBD_SEND_FUA | NBD_SEND_CACHE);
+    io_sock_close(s);
+}
+
+static void options_are_answered(void **state)
+{
+    with_world(1, options_body);
+}
+
+static void framing_body(struct world *w)
+{
+    uint8_t junk[64];
+    memset(junk, 'x', sizeof junk);
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\"}");
+    struct io_sock *s = dial(w);
+    CHECK_EQ(io_send(s, &(struct iovec){junk, sizeof junk}, 1), 0);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+    s = dial(w);
+    send_option(s, NBD_OPT_EXPORT_NAME, "zz", 2);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+    s = connected(w, "n", false);
+    CHECK_EQ(io_send(s, &(struct iovec){junk, sizeof junk}, 1), 0);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+    s = connected(w, "n", false);
+    request(s, NBD_CMD_DISC, 0, 0, 0, NULL, 0);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+}
+
+static void broken_framing_ends_the_connection(void **state)
+{
+    with_world(2, framing_body);
+}
+
+/* ------------------------------------------------------------------ transmission */
+
+static void requests_body(struct world *w)
+{
+    static const struct {
+        unsigned cmd, flags;
+        uint64_t off;
+        uint32_t len, want;
+    } t[] = {
+        {NBD_CMD_READ, 0, 0, 0, 0},
+        {NBD_CMD_READ, 0, DISK, 1, 22},
+        {NBD_CMD_READ, 0, UINT64_MAX, UINT32_MAX, 22},
+        {NBD_CMD_READ, NBD_FLAG_DF, 0, 512, 22}, /* no structured replies here */
+        {NBD_CMD_READ, 0x8000, 0, 512, 22},
+        {NBD_CMD_READ, 0, 0, NBD_MAX_PAYLOAD + 1, 22},
+        {NBD_CMD_FLUSH, 0, 0, 0, 0},
+        {NBD_CMD_TRIM, NBD_FLAG_FUA, 0, DISK, 0},
+        {NBD_CMD_TRIM, 0, 1, DISK, 22},
+        {NBD_CMD_WRITE_ZEROES, 0, 0, DISK, 0},
+        {NBD_CMD_WRITE_ZEROES, NBD_FLAG_NO_HOLE | NBD_FLAG_FUA, 100, 1000, 0},
+        {NBD_CMD_WRITE_ZEROES, 0, DISK, 1, 28},
+        {NBD_CMD_WRITE_ZEROES, NBD_FLAG_REQ_ONE, 0, 512, 22},
+        {NBD_CMD_WRITE_ZEROES, 0, DISK, 0, 0},
+        {NBD_CMD_CACHE, 0, 0, DISK, 0},
+        {NBD_CMD_CACHE, 0, 0, DISK + 1, 22},
+        {NBD_CMD_BLOCK_STATUS, 0, 0, 512, 22}, /* no context was chosen */
+        {99, 0, 0, 0, 22},
+    };
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    for (unsigned i = 0; i < sizeof t / sizeof *t; i++)
+        request(s, t[i].cmd, t[i].flags, t[i].off, t[i].len, NULL, 0);
+    for (unsigned n = sizeof t / sizeof *t; n > 0; n--) {
+        /* Replies come in any order: the cookie tells. */
+        uint8_t head[NBD_SIMPLE_LEN];
+        bool found = false;
+        CHECK_EQ(io_recv_all(s, head, sizeof head), 0);
+        for (unsigned i = 0; i < sizeof t / sizeof *t; i++)
+            found |= (t[i].off ^ t[i].len) == get_be64(head + 8) && t[i].want == get_be32(head + 4);
+        CHECK(found);
+    }
+    request(s, NBD_CMD_WRITE, 0, DISK - 1, 2, "ab", 2);
+    CHECK_EQ(simple_reply(s, NULL, 0), 28);
+    request(s, NBD_CMD_WRITE, 0, 0, NBD_MAX_PAYLOAD + 1, NULL, 0);
+    CHECK_EQ(simple_reply(s, NULL, 0), 22);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+}
+
+static void requests_are_checked(void **state)
+{
+    with_world(2, requests_body);
+}
+
+/* Small and big writes, whole and in pieces, come back as they were; the last ones overlap none. */
+static void data_body(struct world *w)
+{
+    static const uint32_t sizes[] = {1, 511, 4096, 65535, 65536, 65537, 262144, 262145, 1u << 20};
+    enum { N = sizeof sizes / sizeof *sizes };
+    static uint8_t out[1u << 20], in[1u << 20];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true,\"writethrough\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    for (unsigned i = 0; i < N; i++) {
+        memset(out, 'a' + i, sizes[i]);
+        request(s, NBD_CMD_WRITE, NBD_FLAG_FUA, i * MIB + i, sizes[i], out, sizes[i]);
+    }
+    for (unsigned i = 0; i < N; i++)
+        CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    for (unsigned i = 0; i < N; i++) {
+        request(s, NBD_CMD_READ, 0, i * MIB + i, sizes[i], NULL, 0);
+        CHECK_EQ(simple_reply(s, in, sizes[i]), 0);
+        memset(out, 'a' + i, sizes[i]);
+        CHECK(memcmp(in, out, sizes[i]) == 0);
+    }
+    io_sock_close(s);
+}
+
+static void data_comes_back(void **state)
+{
+    with_world(2, data_body);
+}
+
+/* A read-only export takes the data of a write and goes on. */
+static void read_only_body(struct world *w)
+{
+    static uint8_t data[100000];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\"}");
+    struct io_sock *s = connected(w, "n", false);
+    request(s, NBD_CMD_WRITE, 0, 0, 512, data, 512);
+    request(s, NBD_CMD_WRITE, 0, 0, sizeof data, data, sizeof data);
+    request(s, NBD_CMD_TRIM, 0, 0, 512, NULL, 0);
+    request(s, NBD_CMD_WRITE_ZEROES, 0, 0, 512, NULL, 0);
+    for (int i = 0; i < 4; i++)
+        CHECK_EQ(simple_reply(s, NULL, 0), 1);
+    request(s, NBD_CMD_READ, 0, 0, 512, NULL, 0);
+    CHECK_EQ(simple_reply(s, data, 512), 0);
+    io_sock_close(s);
+}
+
+static void read_only_export_refuses_writes(void **state)
+{
+    with_world(1, read_only_body);
+}
+
+static void structured_body(struct world *w)
+{
+    static struct chunk c;
+    static uint8_t data[65536];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", true);
+    request(s, NBD_CMD_READ, 0, 0, 0, NULL, 0);
+    next_chunk(s, &c);
+    CHECK(c.flags == NBD_CHUNK_DONE && c.type == NBD_CHUNK_NONE && c.len == 0);
+    request(s, NBD_CMD_READ, 0, DISK, 1, NULL, 0);
+    next_chunk(s, &c);
+    CHECK(c.flags == NBD_CHUNK_DONE && c.type == NBD_CHUNK_ERROR && get_be32(c.data) == 22);
+    CHECK_EQ(c.len, 6 + get_be16(c.data + 4));
+    memset(data, 'x', sizeof data);
+    request(s, NBD_CMD_WRITE, 0, MIB, sizeof data, data, sizeof data);
+    next_chunk(s, &c);
+    CHECK(c.flags == NBD_CHUNK_DONE && c.type == NBD_CHUNK_NONE);
+    request(s, NBD_CMD_READ, 0, MIB - 65536, 3 * 65536, NULL, 0);
+    next_chunk(s, &c);
+    CHECK(c.flags == 0 && c.type == NBD_CHUNK_OFFSET_HOLE && c.len == 12);
+    CHECK(get_be64(c.data) == MIB - 65536 && get_be32(c.data + 8) == 65536);
+    next_chunk(s, &c);
+    CHECK(c.flags == 0 && c.type == NBD_CHUNK_OFFSET_DATA && c.len == 8 + 65536);
+    CHECK(get_be64(c.data) == MIB && memcmp(c.data + 8, data, 65536) == 0);
+    next_chunk(s, &c);
+    CHECK(c.flags == NBD_CHUNK_DONE && c.type == NBD_CHUNK_OFFSET_HOLE);
+    request(s, NBD_CMD_READ, NBD_FLAG_DF, MIB - 65536, 3 * 65536, NULL, 0);
+    next_chunk(s, &c);
+    CHECK(c.flags == NBD_CHUNK_DONE && c.type == NBD_CHUNK_OFFSET_DATA && c.len == 8 + 3 * 65536);
+    io_sock_close(s);
+}
+
+static void structured_replies_have_holes(void **state)
+{
+    with_world(2, structured_body);
+}
+
+static struct io_sock *with_context(struct world *w, const char *context)
+{
+    uint8_t data[256];
+    struct io_sock *s = dial(w);
+    CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ACK);
+    send_option(s, NBD_OPT_SET_META_CONTEXT, data, meta_data(data, "n", context));
+    CHECK_EQ(option_reply(s), NBD_REP_META_CONTEXT);
+    CHECK_EQ(option_reply(s), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_GO, data, go_data(data, "n")), NBD_REP_ACK);
+    return s;
+}
+
+/* One chunk of block status, with exactly these (length, flags). */
+static void expect_status(struct io_sock *s, unsigned id, unsigned n, const uint32_t (*want)[2])
+{
+    static struct chunk c;
+    next_chunk(s, &c);
+    CHECK(c.type == NBD_CHUNK_BLOCK_STATUS && c.flags == NBD_CHUNK_DONE);
+    CHECK_EQ(get_be32(c.data), id);
+    CHECK_EQ(c.len, 4 + 8 * n);
+    for (unsigned i = 0; i < n; i++) {
+        CHECK_EQ(get_be32(c.data + 4 + 8 * i), want[i][0]);
+        CHECK_EQ(get_be32(c.data + 8 + 8 * i), want[i][1]);
+    }
+}
+
+static void status_body(struct world *w)
+{
+    static const uint32_t holes[][2] = {{MIB, 3}, {65536, 0}, {DISK - MIB - 65536, 3}};
+    static const uint32_t depths[][2] = {{MIB, 0}, {65536, 1}, {DISK - MIB - 65536, 0}};
+    static const uint32_t dirty[][2] = {{MIB, 0}, {131072, 1}, {DISK - MIB - 131072, 0}};
+    static const uint32_t short_one[][2] = {{10, 1}};
+    static uint8_t data[65536];
+    start_server(w, 0);
+    add_bitmap(w, "n", "b", false);
+    add_export(w, NBD_N
+               "\"id\":\"e\",\"writable\":true,\"allocation-depth\":true,\"bitmaps\":[\"b\"]}");
+    struct io_sock *s = with_context(w, "base:allocation");
+    request(s, NBD_CMD_WRITE, 0, MIB, sizeof data, data, sizeof data);
+    static struct chunk c;
+    next_chunk(s, &c);
+    request(s, NBD_CMD_TRIM, 0, MIB + 65536, 1, NULL, 0);
+    next_chunk(s, &c);
+    request(s, NBD_CMD_BLOCK_STATUS, 0, 0, DISK, NULL, 0);
+    expect_status(s, 0, 3, holes);
+    request(s, NBD_CMD_BLOCK_STATUS, NBD_FLAG_REQ_ONE, 0, DISK, NULL, 0);
+    expect_status(s, 0, 1, holes);
+    request(s, NBD_CMD_BLOCK_STATUS, 0, 0, 0, NULL, 0);
+    next_chunk(s, &c);
+    CHECK(c.type == NBD_CHUNK_ERROR && get_be32(c.data) == 22);
+    io_sock_close(s);
+    s = with_context(w, "qemu:allocation-depth");
+    request(s, NBD_CMD_BLOCK_STATUS, 0, 0, DISK, NULL, 0);
+    expect_status(s, 1, 3, depths);
+    io_sock_close(s);
+    s = with_context(w, "qemu:dirty-bitmap:b");
+    request(s, NBD_CMD_BLOCK_STATUS, 0, 0, DISK, NULL, 0);
+    expect_status(s, 2, 3, dirty);
+    request(s, NBD_CMD_BLOCK_STATUS, 0, MIB + 65530, 10, NULL, 0);
+    expect_status(s, 2, 1, short_one);
+    io_sock_close(s);
+}
+
+static void block_status_tells_contexts(void **state)
+{
+    with_world(2, status_body);
+}
+
+/* ------------------------------------------------------------------ gate, bounds */
+
+struct gate_try {
+    struct world *w;
+    struct io_event done;
+    bool closed;
+};
+
+static void close_gate(void *arg)
+{
+    struct gate_try *g = arg;
+    struct tide_error err;
+    struct node *n = graph_find(g->w->graph, "n");
+    struct quiesce *q;
+    CHECK_EQ(quiesce_begin(g->w->graph, &n, 1, QUIESCE_ALL, &q, &err), 0);
+    g->closed = true;
+    for (int i = 0; i < 100; i++)
+        loop_pause(); /* time for a reply that must not come */
+    g->closed = false;
+    quiesce_end(q);
+    io_event_set(&g->done);
+}
+
+/* While the gate is closed no reply comes, afterwards all do. */
+static void gate_body(struct world *w)
+{
+    uint8_t data[4096] = {1};
+    struct gate_try g = {w, IO_EVENT_INIT, false};
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    CHECK_EQ(loop_run_now(close_gate, &g), 0);
+    while (!g.closed)
+        loop_pause();
+    for (int i = 0; i < 100; i++)
+        request(s, NBD_CMD_WRITE, 0, i * 4096, sizeof data, data, sizeof data);
+    for (int i = 0; i < 100; i++) {
+        CHECK_EQ(simple_reply(s, NULL, 0), 0);
+        CHECK(!g.closed);
+    }
+    CHECK_EQ(io_event_wait(&g.done, io_now(w->io) + 20000000000u), 0);
+    io_sock_close(s);
+}
+
+static void gate_holds_requests(void **state)
+{
+    with_world(1, gate_body);
+    with_world(3, gate_body);
+}
+
+/* Who does not read is not read from, and holds up nobody; who writes before it reads is served. */
+static void slow_body(struct world *w)
+{
+    static uint8_t data[1u << 20];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *slow = connected(w, "n", false), *s = connected(w, "n", false);
+    for (int i = 0; i < 200; i++)
+        request(slow, NBD_CMD_READ, 0, 0, sizeof data, NULL, 0);
+    for (int i = 0; i < 20; i++) {
+        request(s, NBD_CMD_READ, 0, 0, sizeof data, NULL, 0);
+        CHECK_EQ(simple_reply(s, data, sizeof data), 0);
+    }
+    for (int i = 0; i < 200; i++)
+        CHECK_EQ(simple_reply(slow, data, sizeof data), 0);
+    for (int i = 0; i < 8; i++)
+        request(s, NBD_CMD_READ, 0, 0, sizeof data, NULL, 0);
+    request(s, NBD_CMD_WRITE, 0, MIB, sizeof data, data, sizeof data);
+    for (int i = 0; i < 8; i++)
+        CHECK_EQ(simple_reply(s, data, sizeof data), 0);
+    CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    io_sock_close(slow);
+    io_sock_close(s);
+}
+
+static void slow_client_holds_up_nobody(void **state)
+{
+    with_world(1, slow_body);
+    with_world(2, slow_body);
+}
+
+/* Clients that go away in the middle of anything leave nothing behind (the sanitizers look). */
+static void leave_body(struct world *w)
+{
+    static uint8_t data[1u << 20];
+    struct tide_error err;
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    for (uint32_t got = 0; got < 200000; got = got * 2 + 1) {
+        struct io_sock *s = connected(w, "n", got % 3 == 0);
+        request(s, NBD_CMD_READ, 0, 0, sizeof data, NULL, 0);
+        request(s, NBD_CMD_WRITE, 0, 0, 200000, data, got);
+        io_sock_close(s);
+        s = dial(w);
+        send_option(s, NBD_OPT_GO, data, got % 100);
+        io_sock_close(s);
+    }
+    CHECK_EQ(nbd_server_stop(w->x, &err), 0);
+    CHECK_EQ(w->n_deleted, 1);
+}
+
+static void clients_may_leave_any_time(void **state)
+{
+    with_world(1, leave_body);
+    with_world(3, leave_body);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(request_is_decoded),
+        cmocka_unit_test(errno_goes_over_the_wire),
+        cmocka_unit_test(contexts_match_queries),
+        cmocka_unit_test(wrong_exports_are_refused),
+        cmocka_unit_test(long_names_are_refused),
+        cmocka_unit_test(exports_come_and_go),
+        cmocka_unit_test(export_without_memory),
+        cmocka_unit_test(options_are_answered),
+        cmocka_unit_test(broken_framing_ends_the_connection),
+        cmocka_unit_test(requests_are_checked),
+        cmocka_unit_test(data_comes_back),
+        cmocka_unit_test(read_only_export_refuses_writes),
+        cmocka_unit_test(structured_replies_have_holes),
+        cmocka_unit_test(block_status_tells_contexts),
+        cmocka_unit_test(gate_holds_requests),
+        cmocka_unit_test(slow_client_holds_up_nobody),
+        cmocka_unit_test(clients_may_leave_any_time),
+    };
+    return cmocka_run_group_tests_name("export", tests, NULL, NULL);
+}

@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Private interface of the NBD server.
+ *
+ *   server.c     listens, counts connections, ends handshakes that take too long
+ *   handshake.c  option haggling, on the control loop, where the table of exports is
+ *   serve.c      transmission: reads requests, admits them, sends replies, on a data loop
+ *   command.c    what one request does and what its reply looks like
+ *   meta.c       metadata contexts: which exist, and what BLOCK_STATUS says
+ *
+ * A connection is one coroutine on the control loop from accept to close. While the client is
+ * served, that coroutine waits for the one on the data loop, so connections and exports are taken
+ * apart in one place only. */
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+
+#include "base/error.h"
+#include "export/nbd/proto.h"
+#include "io/io.h"
+
+struct dirty_bitmap;
+struct node;
+struct root;
+
+#define NBD_HANDSHAKE_NS (UINT64_C(10) * 1000000000) /* from accept to the end of the handshake */
+#define NBD_MAX_OPTIONS 4096u                        /* one client may send */
+#define NBD_MAX_OPTION_LEN (256u << 10)              /* longer ones are read past and refused */
+
+/* One export, as connections see it. Embedded in export.c's struct, which owns what it points to;
+ * everything above the line is fixed before the export is attached. */
+struct nbd_export {
+    const char *name;
+    const char *description; /* NULL: none */
+    uint64_t serial;         /* never used again: tells an export from a later one of its name */
+    struct root *root;
+    struct loop *loop; /* where its connections are served; NULL: dealt out */
+    bool writable, writethrough, allocation_depth;
+    unsigned n_bitmaps;
+    struct dirty_bitmap **bitmaps;
+    /* A shut export has lost its last connection. Control loop, in a coroutine; may free `e`. */
+    void (*gone)(struct nbd_export *e);
+    /* ---- control loop only ---- */
+    bool shut;
+    unsigned n_conns;
+    TAILQ_ENTRY(nbd_export) link;
+};
+
+struct nbd_conn {
+    struct nbd_server *srv;
+    struct io_sock *sock;
+    TAILQ_ENTRY(nbd_conn) link;
+    uint64_t deadline;      /* of the handshake; 0 once it is over */
+    struct nbd_export *exp; /* counted in exp->n_conns */
+    bool fixed, no_zeroes, structured;
+    /* Contexts chosen by SET_META_CONTEXT: one byte each, by context id; n_contexts 0: none. */
+    uint8_t *contexts;
+    unsigned n_contexts;
+    uint64_t contexts_serial; /* the export they were chosen for */
+    struct io_event served;   /* the data loop is done with us */
+};
+
+TAILQ_HEAD(nbd_exports, nbd_export);
+TAILQ_HEAD(nbd_conns, nbd_conn);
+
+struct nbd_server {
+    struct io *io;
+    struct io_sock *listener;
+    unsigned max_connections; /* 0: no limit */
+    unsigned n_conns;
+    unsigned next_loop;
+    unsigned n_running; /* coroutines that are not connections: acceptor, watchdog */
+    bool stopping;
+    struct nbd_conns conns;     /* in the order of their deadlines */
+    struct nbd_exports exports; /* oldest first */
+    struct io_event room;       /* for the acceptor: a connection has ended, or stop */
+    struct io_event watch;      /* for the watchdog: there is a handshake, or stop */
+    struct io_event ended;      /* for nbd_server_close(): something has ended */
+};
+
+/* ---- server.c; control loop only ---- */
+
+co_fn int nbd_server_open(struct io *io, struct io_addr *addr, unsigned max_connections,
+                          struct nbd_server **out, struct tide_error *err);
+/* No more clients from now on; those who are here are cut off. Does not wait. */
+void nbd_server_shut(struct nbd_server *srv);
+/* Shut before, its exports are gone: waits for what still runs and frees. */
+co_fn void nbd_server_close(struct nbd_server *srv);
+
+/* Serve a client that is connected already; the server owns the socket then. -ENOMEM. */
+int nbd_server_adopt(struct nbd_server *srv, struct io_sock *sock);
+
+/* NULL: none of that name (which is not terminated). */
+struct nbd_export *nbd_export_find(struct nbd_server *srv, const char *name, size_t len);
+void nbd_export_attach(struct nbd_server *srv, struct nbd_export *e);
+/* Nobody finds it any more, and its connections are cut off. True: it has none, and the caller
+ * calls gone(); false: the last connection will. */
+bool nbd_export_shut(struct nbd_server *srv, struct nbd_export *e);
+
+/* ---- handshake.c ---- */
+
+/* 0: c->exp is counted and the client expects transmission; else the connection has to end. */
+co_fn int nbd_handshake(struct nbd_conn *c);
+
+/* ---- serve.c ---- */
+
+/* Serve until the client leaves, then set c->served. On the data loop, as a coroutine's function.
+ */
+co_fn void nbd_serve(void *conn);
+
+struct nbd_task;
+/* Long tasks call this between pieces: lets a closed gate close, and returns when it is open. The
+ * node may be another one afterwards. */
+co_fn void nbd_task_yield_gate(struct nbd_task *t);
+
+/* ---- command.c ---- */
+
+struct nbd_rbuf;
+struct nbd_session;
+
+#define NBD_MAX_CHUNKS 16u /* of one reply to a read */
+struct nbd_chunks {
+    struct iovec iov[2 * NBD_MAX_CHUNKS];
+    uint8_t head[NBD_MAX_CHUNKS][NBD_CHUNK_LEN + 12];
+};
+
+/* One request from its header to the last byte of its reply. */
+struct nbd_task {
+    struct nbd_session *s;
+    struct nbd_task *next; /* free, or waiting to be sent */
+    struct nbd_request rq;
+    const uint8_t *payload; /* of a write: in `pin` or in `buf` */
+    struct nbd_rbuf *pin;   /* the receive buffer that has to stay */
+    void *buf;              /* io_buf_get(buf_len): a write's payload or a read's data */
+    size_t buf_len;
+    void *mem;       /* mem_alloc(): the body of a reply to BLOCK_STATUS, or struct nbd_chunks */
+    uint64_t charge; /* bytes counted as in flight */
+    int error;       /* known before it ran: -errno */
+    const char *why; /* error text for the client; NULL: none */
+    bool own_entry;  /* holds the gate by itself, not through its session */
+    struct iovec small[2];
+    struct iovec *iov; /* the reply */
+    unsigned n_iov;
+    uint8_t head[NBD_CHUNK_LEN + 8];
+};
+
+/* What a task may use of its session. */
+struct nbd_context {
+    struct nbd_conn *conn;
+    struct nbd_export *exp;
+    struct root *root;
+    uint64_t data_off, data_end; /* the last extent found that is not a hole: stays true enough */
+};
+struct nbd_context *nbd_task_context(struct nbd_task *t);
+
+/* Do it (admitted) and make the reply. Errors end up in the reply. */
+co_fn void nbd_task_run(struct nbd_task *t);
+/* Bytes that `rq` will hold while in flight. */
+uint64_t nbd_request_cost(const struct nbd_request *rq);
+
+/* ---- meta.c ---- */
+
+#define NBD_CONTEXT_ALLOCATION 0u
+#define NBD_CONTEXT_DEPTH 1u
+#define NBD_CONTEXT_BITMAP 2u  /* + index */
+#define NBD_MAX_EXTENTS 65536u /* of a reply, over all its contexts, but at least 256 each */
+
+static inline unsigned nbd_n_contexts(const struct nbd_export *e)
+{
+    return NBD_CONTEXT_BITMAP + e->n_bitmaps;
+}
+/* Mark in `chosen` (nbd_n_contexts bytes) what the query names; a family ("qemu:") only if `list`.
+ */
+void nbd_context_match(const struct nbd_export *e, const char *query, size_t len, bool list,
+                       uint8_t *chosen);
+void nbd_context_all(const struct nbd_export *e, uint8_t *chosen);
+/* Its name in two parts (the second may be ""). */
+void nbd_context_name(const struct nbd_export *e, unsigned id, const char **prefix,
+                      const char **name);
+
+/* A reply to BLOCK_STATUS: chunks for every chosen context, the last one flagged DONE. *out is the
+ * caller's (mem_free). -errno. */
+co_fn int nbd_block_status(struct nbd_task *t, struct node *n, uint8_t **out, size_t *out_len);

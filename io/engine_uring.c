@@ -1,0 +1,358 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The io_uring engine: one ring per loop, used by that loop's thread alone.
+ *
+ * What coroutines start in a turn is collected and handed over once, by the system call that also
+ * waits. A file request lives on the stack of its coroutine (struct ring_op); readiness of a socket
+ * is a one-shot poll whose completion names socket and direction. The low bits of user_data say
+ * which of them a completion belongs to.
+ *
+ * A socket whose poll is still in the ring must not be freed: such sockets are `dying`, their polls
+ * are removed, and the last completion frees them.
+ *
+ * Rings are made by io_new(), disabled, so that a refusal is known before anything runs; the loop's
+ * thread enables its ring and is from then on its single issuer. */
+#include <assert.h>
+#include <errno.h>
+#include <liburing.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/mem.h"
+#include "io/real.h"
+
+enum { RING_ENTRIES = 256, CQ_ENTRIES = 4096, KERNEL_WORKERS = 64 };
+
+enum { TAG_MASK = 3, TAG_OP = 0, TAG_KICK = 1, TAG_SOCK = 2 /* + direction */ };
+
+struct ring_loop {
+    struct real_loop real; /* first */
+    struct io_uring ring;
+    bool have_ring;
+    int kick;
+    uint64_t kicks;     /* where the kernel puts what it read from `kick` */
+    unsigned in_flight; /* requests and polls, without the one for kicks */
+    struct real_sock *dying;
+};
+
+/* On the stack of the coroutine that waits for it. */
+struct ring_op {
+    struct co *co;
+    int result;
+};
+
+static struct ring_loop *engine_of(struct loop *l)
+{
+    return l->engine;
+}
+
+static void reap(struct ring_loop *e);
+
+/* ------------------------------------------------------------------ handing over */
+
+/* Errors of submission that go away by themselves: the completion queue is full, the kernel is
+ * short of memory, a signal, the time is up. Requests stay queued. */
+static void check_submit(int r)
+{
+    assert(r >= 0 || r == -EBUSY || r == -EAGAIN || r == -EINTR || r == -ETIME || r == -ENOMEM);
+}
+
+static struct io_uring_sqe *get_sqe(struct ring_loop *e)
+{
+    struct io_uring_sqe *sqe;
+    while (!(sqe = io_uring_get_sqe(&e->ring))) {
+        check_submit(io_uring_submit(&e->ring));
+        reap(e);
+    }
+    return sqe;
+}
+
+static co_fn int run_op(struct ring_loop *e, struct io_uring_sqe *sqe, struct ring_op *op)
+{
+    op->co = co_self();
+    sqe->user_data = (uintptr_t)op | TAG_OP;
+    e->in_flight++;
+    co_yield ();
+    return op->result;
+}
+
+static co_fn ssize_t uring_rw(struct real_file *f, bool write, const struct iovec *iov, int n,
+                              uint64_t off, int rwf)
+{
+    struct ring_loop *e = engine_of(loop_self());
+    struct io_uring_sqe *sqe = get_sqe(e);
+    struct ring_op op;
+    if (write)
+        io_uring_prep_writev2(sqe, f->fd, iov, n, off, rwf);
+    else
+        io_uring_prep_readv2(sqe, f->fd, iov, n, off, rwf);
+    return run_op(e, sqe, &op);
+}
+
+static co_fn int uring_sync(struct real_file *f)
+{
+    struct ring_loop *e = engine_of(loop_self());
+    struct ring_op op;
+    int r;
+    do {
+        struct io_uring_sqe *sqe = get_sqe(e);
+        io_uring_prep_fsync(sqe, f->fd, IORING_FSYNC_DATASYNC);
+        r = run_op(e, sqe, &op);
+    } while (r == -EINTR || r == -EAGAIN);
+    return r;
+}
+
+/* ------------------------------------------------------------------ sockets */
+
+static uint64_t sock_tag(struct real_sock *s, int dir)
+{
+    return (uintptr_t)s | TAG_SOCK | (unsigned)dir;
+}
+
+static int uring_arm(struct real_sock *s, int dir)
+{
+    struct loop *l = loop_self();
+    struct ring_loop *e = engine_of(l);
+    assert(!s->armed || s->loop == l); /* it moves only while nothing is under way */
+    s->loop = l;
+    if (s->armed & 1u << dir)
+        return 0;
+    s->armed |= 1u << dir;
+    struct io_uring_sqe *sqe = get_sqe(e);
+    io_uring_prep_poll_add(sqe, s->fd[dir], dir == SOCK_RD ? POLLIN : POLLOUT);
+    sqe->user_data = sock_tag(s, dir);
+    e->in_flight++;
+    return 0;
+}
+
+/* shutdown(2) ends it like any receive. */
+static co_fn ssize_t uring_recv(struct real_sock *s, void *buf, size_t len)
+{
+    struct ring_loop *e = engine_of(loop_self());
+    struct io_uring_sqe *sqe = get_sqe(e);
+    struct ring_op op;
+    io_uring_prep_recv(sqe, s->fd[SOCK_RD], buf, len, 0);
+    return run_op(e, sqe, &op);
+}
+
+/* On the socket's loop, or when its ring is gone. */
+static void detach_here(struct real_sock *s)
+{
+    struct ring_loop *e = s->loop ? engine_of(s->loop) : NULL;
+    if (!e || !s->armed || !e->have_ring) {
+        real_sock_free(s);
+        return;
+    }
+    s->dying = true;
+    s->next_dying = e->dying;
+    e->dying = s;
+    for (int dir = 0; dir < 2; dir++)
+        if (s->armed & 1u << dir) {
+            struct io_uring_sqe *sqe = get_sqe(e);
+            io_uring_prep_poll_remove(sqe, sock_tag(s, dir));
+            sqe->user_data = 0; /* an op without address: nobody waits for it */
+            e->in_flight++;
+        }
+}
+
+static void detach_msg(struct loop_msg *m)
+{
+    detach_here((struct real_sock *)((char *)m - offsetof(struct real_sock, msg)));
+}
+
+/* `armed` belongs to the socket's loop: asked there. */
+static void uring_detach(struct real_sock *s)
+{
+    if (!s->loop || s->loop == loop_self()) {
+        detach_here(s);
+        return;
+    }
+    s->msg.fn = detach_msg;
+    loop_post(s->loop, &s->msg);
+}
+
+static void poll_completed(struct ring_loop *e, struct real_sock *s, int dir)
+{
+    sock_ready(s, dir); /* errors too: the system call that is tried next will name them */
+    if (!s->dying || s->armed)
+        return;
+    struct real_sock **at = &e->dying;
+    while (*at != s)
+        at = &(*at)->next_dying;
+    *at = s->next_dying;
+    real_sock_free(s);
+}
+
+/* ------------------------------------------------------------------ waiting */
+
+static void arm_kick(struct ring_loop *e)
+{
+    struct io_uring_sqe *sqe = get_sqe(e);
+    io_uring_prep_read(sqe, e->kick, &e->kicks, sizeof e->kicks, 0);
+    sqe->user_data = TAG_KICK;
+}
+
+static void complete(struct ring_loop *e, uint64_t data, int result)
+{
+    void *p = (void *)(uintptr_t)(data & ~(uint64_t)TAG_MASK);
+    switch (data & TAG_MASK) {
+    case TAG_KICK:
+        arm_kick(e);
+        return;
+    case TAG_OP:
+        e->in_flight--;
+        if (!p)
+            return;
+        ((struct ring_op *)p)->result = result;
+        co_wake(((struct ring_op *)p)->co);
+        return;
+    default:
+        e->in_flight--;
+        poll_completed(e, p, data & 1 ? SOCK_WR : SOCK_RD);
+    }
+}
+
+/* One at a time, copied and given back first: complete() may come here again through get_sqe(). */
+static void reap(struct ring_loop *e)
+{
+    struct io_uring_cqe *cqe;
+    while (io_uring_peek_cqe(&e->ring, &cqe) == 0) {
+        uint64_t data = cqe->user_data;
+        int result = cqe->res;
+        io_uring_cqe_seen(&e->ring, cqe);
+        complete(e, data, result);
+    }
+}
+
+static void uring_wait(struct loop *l, uint64_t ns)
+{
+    struct ring_loop *e = engine_of(l);
+    struct io_uring_cqe *cqe;
+    if (ns == 0) {
+        if (!e->in_flight && !io_uring_sq_ready(&e->ring))
+            return;
+        check_submit(io_uring_submit_and_get_events(&e->ring));
+    } else {
+        struct __kernel_timespec t = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+        check_submit(io_uring_submit_and_wait_timeout(&e->ring, &cqe, 1,
+                                                      ns == IO_FOREVER ? NULL : &t, NULL));
+    }
+    reap(e);
+}
+
+static void uring_kick(struct loop *l)
+{
+    uint64_t one = 1;
+    ssize_t r;
+    do
+        r = write(engine_of(l)->kick, &one, sizeof one);
+    while (r < 0 && errno == EINTR);
+    assert(r == sizeof one);
+}
+
+/* ------------------------------------------------------------------ making and freeing */
+
+static int uring_loop_start(struct loop *l)
+{
+    struct ring_loop *e = engine_of(l);
+    /* Debian 12's liburing declares io_uring_enable_rings() but does not export it. */
+    if (syscall(SYS_io_uring_register, e->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) < 0)
+        return -errno;
+    /* The kernel's own limit of 4 workers for each CPU is soon used up by syncs that hang. An old
+     * kernel that knows no such request keeps it. */
+    unsigned workers[2] = {KERNEL_WORKERS, 0};
+    syscall(SYS_io_uring_register, e->ring.ring_fd, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, 2);
+    arm_kick(e);
+    return 0;
+}
+
+/* The best ring that this kernel makes. */
+static int make_ring(struct io_uring *ring)
+{
+    static const unsigned wishes[] = {
+        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN |
+            IORING_SETUP_SUBMIT_ALL,
+        IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL,
+        0,
+    };
+    int r = -EINVAL;
+    for (size_t i = 0; r == -EINVAL && i < sizeof wishes / sizeof *wishes; i++) {
+        struct io_uring_params p = {
+            .flags = wishes[i] | IORING_SETUP_R_DISABLED | IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP,
+            .cq_entries = CQ_ENTRIES,
+        };
+        r = io_uring_queue_init_params(RING_ENTRIES, ring, &p);
+    }
+    if (r < 0)
+        return r == -EINVAL ? -ENOSYS : r; /* too old */
+    if ((ring->features & IORING_FEAT_EXT_ARG) && (ring->features & IORING_FEAT_NODROP))
+        return 0;
+    io_uring_queue_exit(ring);
+    return -ENOSYS;
+}
+
+static int make_loop(struct loop *l)
+{
+    struct ring_loop *e = l->engine = mem_zalloc(sizeof *e);
+    if (!e)
+        return -ENOMEM;
+    e->kick = eventfd(0, EFD_CLOEXEC);
+    if (e->kick < 0)
+        return -errno;
+    int r = make_ring(&e->ring);
+    e->have_ring = r == 0;
+    return r;
+}
+
+static void uring_free_loops(struct real_io *io)
+{
+    for (unsigned i = 0; i < io->io.n_loops; i++) {
+        struct ring_loop *e = io->io.loops[i]->engine;
+        if (!e)
+            continue;
+        if (e->have_ring)
+            io_uring_queue_exit(&e->ring);
+        e->have_ring = false;
+        loop_run_leftovers(io->io.loops[i], detach_msg);
+        while (e->dying) {
+            struct real_sock *s = e->dying;
+            e->dying = s->next_dying;
+            real_sock_free(s);
+        }
+        if (e->kick >= 0)
+            close(e->kick);
+        mem_free(e);
+    }
+}
+
+static const struct backend uring_backend = {
+    .name = "io_uring",
+    .loop_start = uring_loop_start,
+    .wait = uring_wait,
+    .kick = uring_kick,
+    .rw = uring_rw,
+    .sync = uring_sync,
+    .recv = uring_recv,
+    .arm = uring_arm,
+    .detach = uring_detach,
+    .free_loops = uring_free_loops,
+};
+
+int io_uring_new(unsigned n_loops, struct io **out, struct tide_error *err)
+{
+    struct real_io *io = mem_zalloc(sizeof *io);
+    if (!io)
+        return tide_fail(err, -ENOMEM, "no memory for the engine");
+    int r = real_init(io, &uring_backend, n_loops);
+    for (unsigned i = 0; r == 0 && i < n_loops; i++)
+        r = make_loop(io->io.loops[i]);
+    if (r < 0) {
+        real_free(&io->io);
+        return tide_fail(err, r, "cannot make a ring: %s", tide_strerror(-r));
+    }
+    *out = &io->io;
+    return 0;
+}

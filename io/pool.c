@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Threads for operations that may block. They are started when needed, up to MAX_THREADS, and
+ * stay. One inode gets at most share_limit[] of them at a time; what is beyond waits with the
+ * inode, not in the pool's queue, so that a mount that hangs holds up nobody else. */
+#include <assert.h>
+#include <errno.h>
+
+#include "base/log.h"
+#include "base/mem.h"
+#include "io/real.h"
+
+enum { MAX_THREADS = 64 };
+
+/* Two for what changes the file (they would only fight for the inode lock), more for reads and
+ * direct I/O, where depth is what makes a disk fast. */
+static const unsigned share_limit[N_POOL_CLASSES] = {[POOL_META] = 2, [POOL_DATA] = 8};
+
+struct pool {
+    pthread_mutex_t mutex;
+    pthread_cond_t work;
+    struct pool_queue queue;
+    unsigned n_queued, n_idle, n_threads;
+    bool ending, warned;
+    pthread_t threads[MAX_THREADS];
+};
+
+static ssize_t (*const run_op[N_POOL_KINDS])(struct pool_op *) = {
+    [POOL_OPEN] = file_do_open,
+    [POOL_CLOSE] = file_do_close,
+    [POOL_FSTAT] = file_do_fstat,
+    [POOL_STAT] = file_do_stat,
+    [POOL_RW] = file_do_rw,
+    [POOL_SYNC] = file_do_sync,
+    [POOL_ZERO] = file_do_zero,
+    [POOL_TRUNCATE] = file_do_truncate,
+    [POOL_COPY] = file_do_copy,
+    [POOL_LOCK] = file_do_lock,
+    [POOL_RENAME] = file_do_rename,
+    [POOL_UNLINK] = file_do_unlink,
+    [POOL_SYNC_DIR] = file_do_sync_dir,
+    [POOL_LISTEN] = sock_do_listen,
+    [POOL_CONNECT] = sock_do_connect,
+};
+
+static void queue_push(struct pool_queue *q, struct pool_op *op)
+{
+    op->next = NULL;
+    if (q->tail)
+        q->tail->next = op;
+    else
+        q->head = op;
+    q->tail = op;
+}
+
+static struct pool_op *queue_pop(struct pool_queue *q)
+{
+    struct pool_op *op = q->head;
+    if (op) {
+        q->head = op->next;
+        if (!q->head)
+            q->tail = NULL;
+    }
+    return op;
+}
+
+/* The op takes its place in its inode's share, or waits for one. Mutex held. */
+static void admit(struct pool *p, struct pool_op *op)
+{
+    struct pool_share *s = op->share;
+    if (s && s->busy[op->class] >= share_limit[op->class]) {
+        queue_push(&s->waiting[op->class], op);
+        return;
+    }
+    if (s)
+        s->busy[op->class]++;
+    queue_push(&p->queue, op);
+    p->n_queued++;
+    pthread_cond_signal(&p->work);
+}
+
+static void *worker(void *arg)
+{
+    struct pool *p = arg;
+    pthread_mutex_lock(&p->mutex);
+    for (;;) {
+        struct pool_op *op = queue_pop(&p->queue);
+        if (!op) {
+            if (p->ending)
+                break;
+            p->n_idle++;
+            pthread_cond_wait(&p->work, &p->mutex);
+            p->n_idle--;
+            continue;
+        }
+        p->n_queued--;
+        pthread_mutex_unlock(&p->mutex);
+        op->result = run_op[op->kind](op);
+        pthread_mutex_lock(&p->mutex);
+        struct pool_share *s = op->share;
+        if (s) {
+            s->busy[op->class]--;
+            struct pool_op *next = queue_pop(&s->waiting[op->class]);
+            if (next)
+                admit(p, next);
+        }
+        /* The last word about `op`: its memory, and soon its inode's, is the waiter's again. */
+        co_wake(op->co);
+    }
+    pthread_mutex_unlock(&p->mutex);
+    return NULL;
+}
+
+/* Mutex held. Signals stay with the control loop's descriptor: threads take none. */
+static void start_thread(struct pool *p)
+{
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int r = pthread_create(&p->threads[p->n_threads], NULL, worker, p);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (r == 0)
+        p->n_threads++;
+    else if (!p->warned) {
+        p->warned = true;
+        log_warn("io", "cannot start a thread for file operations: %s", tide_strerror(r));
+    }
+}
+
+co_fn ssize_t pool_run(struct pool *p, struct pool_op *op)
+{
+    op->co = co_self();
+    pthread_mutex_lock(&p->mutex);
+    if (p->n_idle <= p->n_queued && p->n_threads < MAX_THREADS)
+        start_thread(p);
+    if (!p->n_threads) {
+        /* Not one thread to be had: slow is better than never. */
+        pthread_mutex_unlock(&p->mutex);
+        return run_op[op->kind](op);
+    }
+    admit(p, op);
+    pthread_mutex_unlock(&p->mutex);
+    co_yield ();
+    return op->result;
+}
+
+int pool_new(struct pool **out)
+{
+    struct pool *p = mem_zalloc(sizeof *p);
+    if (!p)
+        return -ENOMEM;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->work, NULL);
+    *out = p;
+    return 0;
+}
+
+void pool_free(struct pool *p)
+{
+    if (!p)
+        return;
+    pthread_mutex_lock(&p->mutex);
+    p->ending = true;
+    pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->mutex);
+    for (unsigned i = 0; i < p->n_threads; i++)
+        pthread_join(p->threads[i], NULL);
+    pthread_cond_destroy(&p->work);
+    pthread_mutex_destroy(&p->mutex);
+    mem_free(p);
+}

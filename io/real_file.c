@@ -1,0 +1,815 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Files of the real engines.
+ *
+ * Reads: what the page cache holds is read at once with RWF_NOWAIT; the rest goes to the backend
+ * (ring or pool). Files in memory (tmpfs) refuse RWF_NOWAIT but never wait, so a plain read does.
+ *
+ * Buffered writes: the kernel has one lock per inode, and threads that meet there sleep and wake
+ * each other. So each inode has a *writer role*: a loop that finds it free takes it, writes its own
+ * request and then those that other loops queued meanwhile (DRAIN_REQUESTS or DRAIN_BYTES), then
+ * hands it to the next in the queue. Nobody waits for a lock; who queued goes on with other work.
+ * A write that took over SLOW_NS sends the inode's writes to the pool for SLOW_FOR_NS.
+ *
+ * Flush: a sync covers what completed before it *starts*, so a flush may join a sync only while
+ * that one waits to start. One runs, one waits, the rest join the waiting one.
+ *
+ * Everything that changes names, sizes or allocation is done in the pool. */
+#include <assert.h>
+#include <errno.h>
+#include <limits.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "base/bytes.h"
+#include "base/mem.h"
+#include "io/real.h"
+
+enum { DRAIN_REQUESTS = 32 };
+#define DRAIN_BYTES MIB
+#define SLOW_NS 2000000u
+#define SLOW_FOR_NS 1000000000u
+#define COPY_MAX_BYTES (64 * MIB)
+
+#ifndef RWF_NOWAIT
+#define RWF_NOWAIT 8
+#endif
+#ifndef IOV_MAX
+#define IOV_MAX 1024
+#endif
+
+static struct real_file *file_of(struct io_file *f)
+{
+    return (struct real_file *)f;
+}
+
+/* ------------------------------------------------------------------ iovecs */
+
+size_t iov_bytes(const struct iovec *iov, int n)
+{
+    size_t sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += iov[i].iov_len;
+    return sum;
+}
+
+const struct iovec *iov_after(const struct iovec *iov, int n_iov, size_t skip,
+                              struct iovec tmp[N_IOV_TMP], int *n)
+{
+    int i = 0;
+    while (i < n_iov && skip >= iov[i].iov_len)
+        skip -= iov[i++].iov_len;
+    if (!skip) {
+        *n = MIN(n_iov - i, IOV_MAX);
+        return iov + i;
+    }
+    int k = 0;
+    for (; i < n_iov && k < N_IOV_TMP; i++, k++) {
+        tmp[k].iov_base = (char *)iov[i].iov_base + skip;
+        tmp[k].iov_len = iov[i].iov_len - skip;
+        skip = 0;
+    }
+    *n = k;
+    return tmp;
+}
+
+/* ------------------------------------------------------------------ inodes */
+
+static uint64_t inode_hash(uint64_t dev, uint64_t ino)
+{
+    return ((ino ^ dev << 7) * 0x9e3779b97f4a7c15u) >> 58; /* 6 bits */
+}
+
+/* Any thread. NULL: no memory. */
+static struct inode *inode_get(struct real_io *io, const struct stat *st)
+{
+    bool block = S_ISBLK(st->st_mode);
+    uint64_t dev = block ? st->st_rdev : st->st_dev, ino = block ? 0 : st->st_ino;
+    struct inode **bucket = &io->inodes[inode_hash(dev, ino)], *n;
+    pthread_mutex_lock(&io->inode_mutex);
+    for (n = *bucket; n; n = n->next)
+        if (n->dev == dev && n->ino == ino && n->block == block)
+            break;
+    if (!n && (n = mem_zalloc(sizeof *n))) {
+        n->dev = dev;
+        n->ino = ino;
+        n->block = block;
+        n->next = *bucket;
+        *bucket = n;
+    }
+    if (n)
+        n->refs++;
+    pthread_mutex_unlock(&io->inode_mutex);
+    return n;
+}
+
+static void inode_put(struct real_io *io, struct inode *n)
+{
+    pthread_mutex_lock(&io->inode_mutex);
+    if (--n->refs) {
+        pthread_mutex_unlock(&io->inode_mutex);
+        return;
+    }
+    struct inode **at = &io->inodes[inode_hash(n->dev, n->ino)];
+    while (*at != n)
+        at = &(*at)->next;
+    *at = n->next;
+    pthread_mutex_unlock(&io->inode_mutex);
+    assert(!n->role_held && !n->role_head);
+    mem_free(n);
+}
+
+/* ------------------------------------------------------------------ open, close, stat */
+
+/* Bytes that direct I/O must be a multiple of, in memory and in the file. */
+static uint32_t direct_align(int fd, bool block)
+{
+#ifdef STATX_DIOALIGN
+    struct statx sx;
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &sx) == 0 && (sx.stx_mask & STATX_DIOALIGN) &&
+        sx.stx_dio_mem_align && sx.stx_dio_offset_align)
+        return MAX(sx.stx_dio_mem_align, sx.stx_dio_offset_align);
+#endif
+    int sector;
+    if (block && ioctl(fd, BLKSSZGET, &sector) == 0 && sector > 0)
+        return sector;
+    /* Ask the file itself: does it give us 512 bytes? An empty one tells nothing. */
+    char *buf = mem_aligned(4096, 4096);
+    ssize_t r = buf ? pread(fd, buf, 512, 0) : -1;
+    mem_free(buf);
+    return r == 512 ? 512 : 4096;
+}
+
+static bool lives_in_memory(int fd)
+{
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+}
+
+ssize_t file_do_open(struct pool_op *op)
+{
+    struct real_file *f = op->file;
+    struct stat st;
+    do
+        f->fd = open(op->path, (int)op->flags | O_CLOEXEC, op->mode);
+    while (f->fd < 0 && errno == EINTR);
+    if (f->fd < 0 || fstat(f->fd, &st) < 0)
+        return -errno;
+    f->block = S_ISBLK(st.st_mode);
+    f->direct = op->flags & O_DIRECT;
+    f->align = f->direct ? direct_align(f->fd, f->block) : 1;
+    /* A device node may lie in tmpfs; its data do not. */
+    f->memory = S_ISREG(st.st_mode) && lives_in_memory(f->fd);
+    f->inode = inode_get(op->io, &st);
+    return f->inode ? 0 : -ENOMEM;
+}
+
+ssize_t file_do_close(struct pool_op *op)
+{
+    struct real_file *f = op->file;
+    if (f->fd >= 0)
+        close(f->fd); /* its errors are old news: io_fsync() is where they are reported */
+    if (f->inode)
+        inode_put(op->io, f->inode);
+    mem_free(f);
+    return 0;
+}
+
+co_fn int real_open(struct io *io, const char *path, int flags, unsigned mode, struct io_file **out)
+{
+    struct real_io *r = real_of(io);
+    struct real_file *f = mem_zalloc(sizeof *f);
+    if (!f)
+        return -ENOMEM;
+    f->file.io = io;
+    f->fd = -1;
+    struct pool_op op = {
+        .kind = POOL_OPEN, .io = r, .file = f, .path = path, .flags = flags, .mode = mode};
+    int rc = pool_run(r->pool, &op);
+    if (rc < 0) {
+        real_close(&f->file);
+        return rc;
+    }
+    *out = &f->file;
+    return 0;
+}
+
+co_fn void real_close(struct io_file *file)
+{
+    struct real_io *r = real_of(file->io);
+    struct pool_op op = {.kind = POOL_CLOSE, .io = r, .file = file_of(file)};
+    pool_run(r->pool, &op);
+}
+
+static int64_t stat_ns(const struct timespec *t)
+{
+    return (int64_t)t->tv_sec * 1000000000 + t->tv_nsec;
+}
+
+/* fd: -1 when there is none; then the size of a block device is not known and stays 0. */
+static int fill_stat(const struct stat *in, int fd, struct io_stat *out)
+{
+    *out = (struct io_stat){
+        .size = in->st_size,
+        .allocated = (uint64_t)in->st_blocks * 512,
+        .dev = in->st_dev,
+        .ino = in->st_ino,
+        .mode = in->st_mode,
+        .nlink = in->st_nlink,
+        .align = 1,
+        .mtime_ns = stat_ns(&in->st_mtim),
+        .ctime_ns = stat_ns(&in->st_ctim),
+    };
+    if (S_ISBLK(in->st_mode) && fd >= 0) {
+        if (ioctl(fd, BLKGETSIZE64, &out->size) < 0)
+            return -errno;
+        out->allocated = out->size;
+    }
+    return 0;
+}
+
+ssize_t file_do_fstat(struct pool_op *op)
+{
+    struct stat st;
+    if (fstat(op->file->fd, &st) < 0)
+        return -errno;
+    int r = fill_stat(&st, op->file->fd, op->stat);
+    op->stat->align = op->file->align;
+    return r;
+}
+
+ssize_t file_do_stat(struct pool_op *op)
+{
+    struct stat st;
+    if (stat(op->path, &st) < 0)
+        return -errno;
+    if (!S_ISBLK(st.st_mode))
+        return fill_stat(&st, -1, op->stat);
+    int fd = open(op->path, O_RDONLY | O_CLOEXEC);
+    int r = fill_stat(&st, fd, op->stat);
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+/* What changes or asks the file as a whole: in the pool, in the inode's share. */
+static struct pool_op file_op(struct real_file *f, enum pool_kind kind)
+{
+    return (struct pool_op){
+        .kind = kind, .class = POOL_META, .share = &f->inode->share, .io = file_io(f), .file = f};
+}
+
+co_fn int real_fstat(struct io_file *file, struct io_stat *st)
+{
+    struct pool_op op = file_op(file_of(file), POOL_FSTAT);
+    op.stat = st;
+    return pool_run(op.io->pool, &op);
+}
+
+co_fn int real_stat(struct io *io, const char *path, struct io_stat *st)
+{
+    struct pool_op op = {.kind = POOL_STAT, .io = real_of(io), .path = path, .stat = st};
+    return pool_run(op.io->pool, &op);
+}
+
+/* ------------------------------------------------------------------ requests that may block */
+
+ssize_t file_do_rw(struct pool_op *op)
+{
+    ssize_t r;
+    do
+        r = op->write ? pwritev2(op->file->fd, op->iov, op->n, op->off, (int)op->flags)
+                      : preadv2(op->file->fd, op->iov, op->n, op->off, (int)op->flags);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : r;
+}
+
+ssize_t file_do_sync(struct pool_op *op)
+{
+    int r;
+    do
+        r = fdatasync(op->file->fd);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : 0;
+}
+
+/* Go on from `done` with the backend, or in the pool, until all is there, the file ends or it
+ * fails. Bytes, or -errno. */
+static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iovec *iov, int n,
+                               uint64_t off, size_t done, int rwf, bool in_pool)
+{
+    size_t total = iov_bytes(iov, n);
+    while (done < total) {
+        struct iovec tmp[N_IOV_TMP];
+        int k;
+        const struct iovec *rest = iov_after(iov, n, done, tmp, &k);
+        ssize_t r;
+        if (in_pool) {
+            struct pool_op op = file_op(f, POOL_RW);
+            op.class = write ? POOL_META : POOL_DATA;
+            op.write = write;
+            op.iov = rest;
+            op.n = k;
+            op.off = off + done;
+            op.flags = rwf;
+            r = pool_run(op.io->pool, &op);
+        } else {
+            r = file_io(f)->be->rw(f, write, rest, k, off + done, rwf);
+        }
+        if (r == -EINTR || r == -EAGAIN)
+            continue;
+        if (r < 0)
+            return r;
+        if (r == 0 && write)
+            return -EIO; /* a file that takes nothing and says no reason */
+        if (r == 0)
+            break;
+        done += r;
+    }
+    return done;
+}
+
+/* ------------------------------------------------------------------ reads */
+
+/* What can be had without waiting, in *done. True: that is all there is (or *err says why). */
+static bool read_now(struct real_file *f, const struct iovec *iov, int n, uint64_t off,
+                     size_t total, size_t *done, int *err)
+{
+    int mode = atomic_load_explicit(&f->read_mode, memory_order_relaxed);
+    while (*done < total) {
+        struct iovec tmp[N_IOV_TMP];
+        int k;
+        const struct iovec *rest = iov_after(iov, n, *done, tmp, &k);
+        bool plain = mode == NOWAIT_PLAIN;
+        ssize_t r = preadv2(f->fd, rest, k, off + *done, plain ? 0 : RWF_NOWAIT);
+        if (r > 0) {
+            *done += r;
+            if (mode == NOWAIT_UNKNOWN)
+                atomic_store_explicit(&f->read_mode, mode = NOWAIT_YES, memory_order_relaxed);
+            continue;
+        }
+        if (r == 0)
+            return true;
+        if (errno == EOPNOTSUPP && !plain) {
+            mode = f->memory ? NOWAIT_PLAIN : NOWAIT_NEVER;
+            atomic_store_explicit(&f->read_mode, mode, memory_order_relaxed);
+            if (mode == NOWAIT_NEVER)
+                return false;
+            continue;
+        }
+        if (errno == EINTR)
+            continue;
+        if (errno == EAGAIN)
+            return false;
+        *err = -errno;
+        return true;
+    }
+    return true;
+}
+
+co_fn ssize_t real_preadv(struct io_file *file, const struct iovec *iov, int n, uint64_t off)
+{
+    struct real_file *f = file_of(file);
+    size_t total = iov_bytes(iov, n), done = 0;
+    int err = 0;
+    if (off > INT64_MAX || total > INT64_MAX - off)
+        return -EINVAL;
+    if ((!f->direct || f->memory) &&
+        atomic_load_explicit(&f->read_mode, memory_order_relaxed) != NOWAIT_NEVER &&
+        read_now(f, iov, n, off, total, &done, &err))
+        return err ? err : (ssize_t)done;
+    /* A file that knows no RWF_NOWAIT (a network or user space mount) would keep a kernel worker of
+     * the ring for each read; in the pool it has a share and no more. */
+    bool never = atomic_load_explicit(&f->read_mode, memory_order_relaxed) == NOWAIT_NEVER;
+    return finish_rw(f, false, iov, n, off, done, 0, never);
+}
+
+/* ------------------------------------------------------------------ the writer role */
+
+/* Lives on the stack of the coroutine that wants to write, or (file NULL) to know that all
+ * requests before it are through. */
+struct role_req {
+    struct real_file *file;
+    const struct iovec *iov;
+    int n;
+    uint64_t off;
+    size_t total, done;
+    int err;
+    bool refused; /* would wait: do the rest elsewhere */
+    bool yours;   /* not served, but made the holder of the role */
+    struct co *co;
+    struct role_req *next;
+};
+
+static bool is_slow(struct inode *ino, uint64_t now)
+{
+    return now < atomic_load_explicit(&ino->slow_until, memory_order_relaxed);
+}
+
+/* One system call. False: no more to do here. */
+static bool role_write_some(struct role_req *q)
+{
+    struct real_file *f = q->file;
+    struct iovec tmp[N_IOV_TMP];
+    int k, mode = atomic_load_explicit(&f->write_mode, memory_order_relaxed);
+    const struct iovec *rest = iov_after(q->iov, q->n, q->done, tmp, &k);
+    ssize_t r = pwritev2(f->fd, rest, k, q->off + q->done, mode == NOWAIT_PLAIN ? 0 : RWF_NOWAIT);
+    if (r > 0) {
+        q->done += r;
+        if (mode == NOWAIT_UNKNOWN)
+            atomic_store_explicit(&f->write_mode, NOWAIT_YES, memory_order_relaxed);
+        return q->done < q->total;
+    }
+    if (r < 0 && errno == EINTR)
+        return true;
+    if (r < 0 && errno == EOPNOTSUPP && mode != NOWAIT_PLAIN) {
+        atomic_store_explicit(&f->write_mode, NOWAIT_PLAIN, memory_order_relaxed);
+        return true;
+    }
+    if (r < 0 && errno == EAGAIN)
+        q->refused = true;
+    else
+        q->err = r == 0 ? -EIO : -errno;
+    return false;
+}
+
+static void role_perform(struct inode *ino, struct role_req *q)
+{
+    if (!q->file || !q->total)
+        return;
+    uint64_t start = real_now(q->file->file.io);
+    if (is_slow(ino, start)) {
+        q->refused = true;
+        return;
+    }
+    while (role_write_some(q))
+        ;
+    uint64_t end = real_now(q->file->file.io);
+    if (end - start > SLOW_NS)
+        atomic_store_explicit(&ino->slow_until, end + SLOW_FOR_NS, memory_order_relaxed);
+}
+
+/* The holder is done with its own request: serve others, then pass the role on or drop it. */
+static void role_drain(struct inode *ino)
+{
+    size_t bytes = 0;
+    for (unsigned n = 0;; n++) {
+        spin_lock(&ino->spin);
+        struct role_req *q = ino->role_head;
+        if (q) {
+            ino->role_head = q->next;
+            if (!ino->role_head)
+                ino->role_tail = NULL;
+        } else {
+            ino->role_held = false;
+        }
+        spin_unlock(&ino->spin);
+        if (!q)
+            return;
+        struct co *co = q->co;
+        if (n >= DRAIN_REQUESTS || bytes >= DRAIN_BYTES) {
+            q->yours = true;
+            co_wake(co);
+            return;
+        }
+        role_perform(ino, q);
+        bytes += q->total;
+        co_wake(co); /* `q` is gone */
+    }
+}
+
+static co_fn void role_do(struct inode *ino, struct role_req *q)
+{
+    spin_lock(&ino->spin);
+    if (ino->role_held) {
+        q->co = co_self();
+        q->next = NULL;
+        if (ino->role_tail)
+            ino->role_tail->next = q;
+        else
+            ino->role_head = q;
+        ino->role_tail = q;
+        spin_unlock(&ino->spin);
+        co_yield ();
+        if (!q->yours)
+            return;
+    } else {
+        bool wanted = q->file;
+        ino->role_held = wanted;
+        spin_unlock(&ino->spin);
+        if (!wanted)
+            return;
+    }
+    role_perform(ino, q);
+    role_drain(ino);
+}
+
+/* ------------------------------------------------------------------ writes */
+
+/* A lost page is reported once per open file, here or to a sync: remember it for the syncs. */
+static void note_lost_page(struct real_file *f, ssize_t err)
+{
+    if (err != -EIO || f->direct)
+        return;
+    spin_lock(&f->sync_spin);
+    f->sync_error = -EIO;
+    spin_unlock(&f->sync_spin);
+}
+
+static co_fn ssize_t write_durable(struct real_file *f, const struct iovec *iov, int n,
+                                   uint64_t off)
+{
+    ssize_t r = finish_rw(f, true, iov, n, off, 0, RWF_DSYNC, false);
+    if (r == -EOPNOTSUPP) { /* the file does not know the flag */
+        r = finish_rw(f, true, iov, n, off, 0, 0, false);
+        int s = r < 0 ? 0 : real_fsync(&f->file);
+        return s < 0 ? s : r;
+    }
+    note_lost_page(f, r);
+    return r;
+}
+
+co_fn ssize_t real_pwritev(struct io_file *file, const struct iovec *iov, int n, uint64_t off,
+                           unsigned flags)
+{
+    struct real_file *f = file_of(file);
+    struct inode *ino = f->inode;
+    size_t total = iov_bytes(iov, n);
+    if (off > INT64_MAX || total > INT64_MAX - off)
+        return -EINVAL;
+    if (flags & IO_DSYNC)
+        return write_durable(f, iov, n, off);
+    if (f->direct && !f->memory)
+        return finish_rw(f, true, iov, n, off, 0, 0, false);
+    if (is_slow(ino, real_now(file->io)))
+        return finish_rw(f, true, iov, n, off, 0, 0, true);
+    struct role_req q = {.file = f, .iov = iov, .n = n, .off = off, .total = total};
+    role_do(ino, &q);
+    if (q.err)
+        return q.err;
+    return q.refused ? finish_rw(f, true, iov, n, off, q.done, 0, true) : (ssize_t)q.done;
+}
+
+/* ------------------------------------------------------------------ flush */
+
+/* On the stack of a flush that came while a sync ran. */
+struct sync_waiter {
+    struct co *co;
+    int result;
+    bool lead; /* do the sync for all who wait */
+    struct sync_waiter *next;
+};
+
+/* A sync starts: whoever has come by now is covered. Returns its result. */
+static co_fn int sync_lead(struct real_file *f)
+{
+    spin_lock(&f->sync_spin);
+    struct sync_waiter *group = f->sync_head;
+    f->sync_head = f->sync_tail = NULL;
+    int r = f->sync_error;
+    spin_unlock(&f->sync_spin);
+
+    if (r == 0)
+        r = file_io(f)->be->sync(f);
+
+    spin_lock(&f->sync_spin);
+    if (r < 0 && !f->direct)
+        f->sync_error = r;
+    struct sync_waiter *lead = f->sync_head;
+    if (lead) {
+        f->sync_head = lead->next;
+        if (!f->sync_head)
+            f->sync_tail = NULL;
+    } else {
+        f->syncing = false;
+    }
+    spin_unlock(&f->sync_spin);
+
+    while (group) {
+        struct sync_waiter *w = group;
+        group = w->next;
+        w->result = r;
+        co_wake(w->co);
+    }
+    if (lead) {
+        lead->lead = true;
+        co_wake(lead->co);
+    }
+    return r;
+}
+
+co_fn int real_fsync(struct io_file *file)
+{
+    struct real_file *f = file_of(file);
+    struct role_req barrier = {0};
+    role_do(f->inode, &barrier);
+
+    spin_lock(&f->sync_spin);
+    if (!f->syncing) {
+        f->syncing = true;
+        spin_unlock(&f->sync_spin);
+        return sync_lead(f);
+    }
+    struct sync_waiter w = {.co = co_self()};
+    if (f->sync_tail)
+        f->sync_tail->next = &w;
+    else
+        f->sync_head = &w;
+    f->sync_tail = &w;
+    spin_unlock(&f->sync_spin);
+    co_yield ();
+    return w.lead ? sync_lead(f) : w.result;
+}
+
+/* ------------------------------------------------------------------ allocation and size */
+
+static int zero_block_device(struct pool_op *op)
+{
+    uint64_t range[2] = {op->off, op->len};
+    if (op->alloc == IO_DISCARD)
+        return ioctl(op->file->fd, BLKDISCARD, range) < 0 ? -errno : 0;
+    /* BLKZEROOUT may unmap where the device then reads zeroes, but it never promises to give
+     * space back, nor to keep it: as good as either. */
+    return ioctl(op->file->fd, BLKZEROOUT, range) < 0 ? -errno : 0;
+}
+
+ssize_t file_do_zero(struct pool_op *op)
+{
+    if (op->file->block) {
+        int r = zero_block_device(op);
+        return r == -ENOTTY || r == -EINVAL ? -EOPNOTSUPP : r;
+    }
+    int mode = op->alloc == IO_ZERO_KEEP ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
+    int r;
+    do
+        r = fallocate(op->file->fd, mode | FALLOC_FL_KEEP_SIZE, op->off, op->len);
+    while (r < 0 && errno == EINTR);
+    if (r == 0)
+        return 0;
+    return errno == ENOSYS || errno == ENODEV || errno == ESPIPE ? -EOPNOTSUPP : -errno;
+}
+
+co_fn int real_zero(struct io_file *file, uint64_t off, uint64_t len, enum io_alloc how)
+{
+    struct pool_op op = file_op(file_of(file), POOL_ZERO);
+    if (off > INT64_MAX || len > INT64_MAX - off)
+        return -EINVAL;
+    op.off = off;
+    op.len = len;
+    op.alloc = how;
+    return pool_run(op.io->pool, &op);
+}
+
+ssize_t file_do_truncate(struct pool_op *op)
+{
+    int r;
+    do
+        r = ftruncate(op->file->fd, op->len);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : 0;
+}
+
+co_fn int real_truncate(struct io_file *file, uint64_t size)
+{
+    struct pool_op op = file_op(file_of(file), POOL_TRUNCATE);
+    if (size > INT64_MAX)
+        return -EFBIG;
+    op.len = size;
+    return pool_run(op.io->pool, &op);
+}
+
+/* lseek() only reads the extent map, which is quick on local files. */
+co_fn int real_extent(struct io_file *file, uint64_t off, uint64_t *len, bool *data)
+{
+    struct real_file *f = file_of(file);
+    if (off > INT64_MAX)
+        return -EINVAL;
+    *data = true;
+    if (f->block)
+        return 0;
+    off_t at = lseek(f->fd, off, SEEK_DATA);
+    if (at < 0 && errno == ENXIO) { /* no data from here on */
+        *data = false;
+        return 0;
+    }
+    if (at < 0)
+        return errno == EINVAL || errno == EOPNOTSUPP ? 0 : -errno; /* cannot tell: data */
+    if (at > off) {
+        *data = false;
+        *len = MIN(*len, at - off);
+        return 0;
+    }
+    at = lseek(f->fd, off, SEEK_HOLE);
+    if (at < 0 && errno != ENXIO)
+        return -errno;
+    if (at >
+        off) /* else it was punched or cut off between the two calls; "data" stays true enough */
+        *len = MIN(*len, at - off);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ copy and lock */
+
+ssize_t file_do_copy(struct pool_op *op)
+{
+    off64_t in = op->off, out = op->off2;
+    ssize_t r;
+    do
+        r = copy_file_range(op->file->fd, &in, op->file2->fd, &out, op->len, 0);
+    while (r < 0 && errno == EINTR);
+    return r >= 0 ? r : errno == ENOSYS ? -EOPNOTSUPP : -errno;
+}
+
+co_fn ssize_t real_copy_range(struct io_file *src, uint64_t src_off, struct io_file *dst,
+                              uint64_t dst_off, uint64_t len)
+{
+    struct pool_op op = file_op(file_of(dst), POOL_COPY);
+    if (src_off > INT64_MAX || dst_off > INT64_MAX)
+        return -EINVAL;
+    op.file = file_of(src);
+    op.file2 = file_of(dst);
+    op.off = src_off;
+    op.off2 = dst_off;
+    op.len = MIN(len, COPY_MAX_BYTES); /* a thread is busy for it: not for ever */
+    return pool_run(op.io->pool, &op);
+}
+
+ssize_t file_do_lock(struct pool_op *op)
+{
+    static const short type[] = {
+        [IO_UNLOCK] = F_UNLCK, [IO_LOCK_SHARED] = F_RDLCK, [IO_LOCK_EXCLUSIVE] = F_WRLCK};
+    struct flock fl = {
+        .l_type = type[op->lock],
+        .l_whence = SEEK_SET,
+        .l_start = op->off,
+        .l_len = op->len,
+    };
+    if (fcntl(op->file->fd, op->test ? F_OFD_GETLK : F_OFD_SETLK, &fl) < 0)
+        return errno == EACCES ? -EAGAIN : -errno;
+    return op->test && fl.l_type != F_UNLCK ? -EAGAIN : 0;
+}
+
+co_fn int real_lock(struct io_file *file, uint64_t off, uint64_t len, enum io_lock how, bool test)
+{
+    struct pool_op op = file_op(file_of(file), POOL_LOCK);
+    if (!len) /* to fcntl() that would mean "to the end" */
+        return 0;
+    if (test && how == IO_UNLOCK)
+        return 0;
+    if (off > INT64_MAX || len > INT64_MAX - off)
+        return -EINVAL;
+    op.off = off;
+    op.len = len;
+    op.lock = how;
+    op.test = test;
+    return pool_run(op.io->pool, &op);
+}
+
+/* ------------------------------------------------------------------ names */
+
+ssize_t file_do_rename(struct pool_op *op)
+{
+    unsigned flags = (op->flags & IO_NOREPLACE ? RENAME_NOREPLACE : 0) |
+                     (op->flags & IO_EXCHANGE ? RENAME_EXCHANGE : 0);
+    return renameat2(AT_FDCWD, op->path, AT_FDCWD, op->path2, flags) < 0 ? -errno : 0;
+}
+
+co_fn int real_rename(struct io *io, const char *from, const char *to, unsigned flags)
+{
+    struct pool_op op = {
+        .kind = POOL_RENAME, .io = real_of(io), .path = from, .path2 = to, .flags = flags};
+    return pool_run(op.io->pool, &op);
+}
+
+ssize_t file_do_unlink(struct pool_op *op)
+{
+    return unlink(op->path) < 0 ? -errno : 0;
+}
+
+co_fn int real_unlink(struct io *io, const char *path)
+{
+    struct pool_op op = {.kind = POOL_UNLINK, .io = real_of(io), .path = path};
+    return pool_run(op.io->pool, &op);
+}
+
+ssize_t file_do_sync_dir(struct pool_op *op)
+{
+    int fd = open(op->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    int r = fsync(fd) < 0 ? -errno : 0;
+    close(fd);
+    return r;
+}
+
+co_fn int real_sync_dir(struct io *io, const char *dir)
+{
+    struct pool_op op = {.kind = POOL_SYNC_DIR, .io = real_of(io), .path = dir};
+    return pool_run(op.io->pool, &op);
+}

@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Inside the backup job: backup.c (life), copy.c (workers), cbw.c (what guest writes do).
+ *
+ * The disk is seen in *granules*. Each is in one of these states:
+ *   todo      in `todo` and `undone`: still to be copied
+ *   claimed   in a claim and `undone`: somebody is at it
+ *   kept      in `spill` and `undone`: its old data lies in our memory
+ *   done      in neither bitmap: on the target
+ * A guest write that meets a granule that is not done first saves the old data in memory and goes on;
+ * it never waits for the target. A claim of a worker does not stop it: it reads the old data itself
+ * (the guest's write has not happened yet), and its kept copy is written after the worker's, whatever
+ * that one read. A claim of another guest write is waited for: it only reads the source. */
+#pragma once
+#include "bitmap/bitmap.h"
+#include "block/driver.h"
+#include "block/root.h"
+#include "co/sync.h"
+#include "job/backup.h"
+
+#define BACKUP_GRANULE_MIN 65536u
+#define BACKUP_UNIT_MAX ((uint64_t)1 << 20) /* one admission */
+#define BACKUP_SPILL_MAX ((uint64_t)64 << 20) /* memory for old data */
+#define BACKUP_SPILL_WAIT 5000000000u         /* how long a guest write may wait for some of it */
+#define BACKUP_MAX_WORKERS 64u
+
+struct claim {
+    uint64_t off, end;
+    bool by_guest;
+    TAILQ_ENTRY(claim) link;
+};
+
+/* Old data of one granule, waiting to be written to the target. */
+struct kept {
+    uint64_t off, len;
+    void *buf;
+    struct claim *after; /* a worker's claim that has to end first */
+    TAILQ_ENTRY(kept) link;
+};
+
+/* A guest write that waits for memory. */
+struct starving {
+    struct io_event event;
+    TAILQ_ENTRY(starving) link;
+};
+
+struct worker {
+    struct backup *backup;
+    struct io_event kick;
+    bool parked;
+};
+
+struct backup {
+    struct job job; /* first */
+    struct backup_options opts;
+    struct graph *graph;
+    struct root *unit_root;  /* source and target: a worker's unit */
+    struct root *spill_root; /* target: writing kept data */
+    struct node_hook hook;
+    bool hooked;
+    uint64_t size, granule, chunk;
+    struct bitmap *todo, *undone;
+    bool target_is_zero;
+    _Atomic bool no_offload;
+
+    struct spin lock;
+    TAILQ_HEAD(, claim) claims;
+    TAILQ_HEAD(kept_list, kept) spill;
+    TAILQ_HEAD(, starving) starving;
+    struct co_queue claim_ended;
+    _Atomic unsigned n_claims;
+    uint64_t cursor;      /* where workers look next */
+    uint64_t spill_bytes; /* in memory now */
+    uint64_t n_waits;     /* guest writes that had to wait for memory */
+    uint64_t budget_at;   /* rate limit: when the next byte may go */
+
+    _Atomic bool failed; /* stop: an error was reported */
+    _Atomic int failure; /* -errno */
+    unsigned n_workers;
+    struct worker *worker; /* n_workers copiers and, last, the spiller */
+    _Atomic unsigned n_running, n_parked;
+};
+
+/* copy.c */
+co_fn void backup_worker(void *worker);
+co_fn void backup_spiller(void *worker);
+bool backup_stopping(struct backup *b);
+void backup_kick_all(struct backup *b);
+void backup_kick_main(struct backup *b);
+/* cbw.c */
+void backup_before_write(struct node_hook *h, uint64_t off, uint64_t len);
+/* An error that no policy can help: the job fails, guests go on. Any loop. */
+void backup_break(struct backup *b, int error, const char *why);
+void backup_claim_end(struct backup *b, struct claim *c);

@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Copy before write: what happens to a guest write while a backup runs (states: backup_int.h).
+ *
+ * The quick answer for a write that concerns nothing any more reads `todo` and then n_claims; who
+ * claims raises n_claims first and clears `todo` after (both seq_cst), so one of the two shows it. */
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "job/backup_int.h"
+
+static struct claim *claim_at(struct backup *b, uint64_t off, uint64_t end)
+{
+    struct claim *c;
+    TAILQ_FOREACH (c, &b->claims, link) {
+        if (c->off < end && off < c->end)
+            return c;
+    }
+    return NULL;
+}
+
+static bool kept_after(struct backup *b, const struct claim *c, uint64_t off)
+{
+    struct kept *k;
+    TAILQ_FOREACH (k, &b->spill, link) {
+        if (k->after == c && k->off == off)
+            return true;
+    }
+    return false;
+}
+
+void backup_claim_end(struct backup *b, struct claim *c)
+{
+    struct kept *k;
+    bool waited = false;
+    spin_lock(&b->lock);
+    TAILQ_REMOVE(&b->claims, c, link);
+    TAILQ_FOREACH (k, &b->spill, link) {
+        if (k->after == c) {
+            k->after = NULL;
+            waited = true;
+        }
+    }
+    co_queue_wake_all(&b->claim_ended);
+    atomic_fetch_sub(&b->n_claims, 1);
+    spin_unlock(&b->lock);
+    if (waited || c->by_guest || backup_stopping(b))
+        io_event_set(&b->worker[b->n_workers].kick);
+}
+
+void backup_break(struct backup *b, int error, const char *why)
+{
+    int none = 0;
+    if (atomic_compare_exchange_strong(&b->failure, &none, error ? error : -EIO)) {
+        log_warn("backup", "job '%s': %s: %s; guests go on", b->job.id, why, tide_strerror(-error));
+        atomic_store(&b->failed, true);
+        backup_kick_all(b);
+        backup_kick_main(b);
+        spin_lock(&b->lock);
+        struct starving *s;
+        TAILQ_FOREACH (s, &b->starving, link)
+            io_event_set(&s->event);
+        spin_unlock(&b->lock);
+    }
+}
+
+/* Room for one granule of old data. False: none in time, or the job has failed meanwhile. */
+static co_fn bool get_room(struct backup *b, uint64_t len)
+{
+    uint64_t deadline = 0;
+    spin_lock(&b->lock);
+    while (b->spill_bytes + len > BACKUP_SPILL_MAX && !atomic_load(&b->failed)) {
+        struct starving me = {.event = IO_EVENT_INIT};
+        if (!deadline) {
+            deadline = io_now(graph_io(b->graph)) + BACKUP_SPILL_WAIT;
+            b->n_waits++;
+        }
+        TAILQ_INSERT_TAIL(&b->starving, &me, link);
+        spin_unlock(&b->lock);
+        int r = io_event_wait(&me.event, deadline);
+        spin_lock(&b->lock);
+        TAILQ_REMOVE(&b->starving, &me, link);
+        if (r < 0)
+            break;
+    }
+    bool ok = b->spill_bytes + len <= BACKUP_SPILL_MAX && !atomic_load(&b->failed);
+    if (ok)
+        b->spill_bytes += len;
+    spin_unlock(&b->lock);
+    return ok;
+}
+
+static void give_room(struct backup *b, uint64_t len)
+{
+    spin_lock(&b->lock);
+    b->spill_bytes -= len;
+    spin_unlock(&b->lock);
+}
+
+/* Read the old data of [off, end) into memory; the claim `mine` keeps other guest writes away. */
+static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after)
+{
+    uint64_t off = mine->off, len = mine->end - mine->off;
+    struct kept *k = NULL;
+    int r = -EAGAIN;
+    if (get_room(b, len)) {
+        k = mem_zalloc(sizeof *k);
+        if (k)
+            k->buf = io_buf_get(len);
+        r = k && k->buf ? 0 : -ENOMEM;
+        if (r == 0) {
+            struct iovec one = {k->buf, len};
+            r = node_preadv(b->opts.source, &one, 1, off, len);
+        }
+        if (r < 0)
+            give_room(b, len);
+    }
+    if (r == 0) {
+        *k = (struct kept){.off = off, .len = len, .buf = k->buf};
+        spin_lock(&b->lock);
+        /* The worker may have ended while we read; then nothing has to be waited for. */
+        struct claim *c;
+        TAILQ_FOREACH (c, &b->claims, link) {
+            if (c == after)
+                k->after = after;
+        }
+        TAILQ_INSERT_TAIL(&b->spill, k, link);
+        spin_unlock(&b->lock);
+        io_event_set(&b->worker[b->n_workers].kick);
+        return;
+    }
+    if (k && k->buf)
+        io_buf_put(k->buf, len);
+    mem_free(k);
+    backup_break(b, r == -EAGAIN ? -ENOSPC : r,
+                 r == -EAGAIN ? "no memory left for old data" : "reading old data for a guest write");
+}
+
+/* One granule, before a guest write touches it. */
+static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end)
+{
+    struct claim mine = {off, end, true, {NULL, NULL}};
+    struct claim *c;
+    spin_lock(&b->lock);
+    while ((c = claim_at(b, off, end)) && c->by_guest)
+        co_queue_wait(&b->claim_ended, &b->lock);
+    bool mine_to_do = c ? !kept_after(b, c, off) : bitmap_test(b->todo, off);
+    if (mine_to_do) {
+        atomic_fetch_add(&b->n_claims, 1);
+        TAILQ_INSERT_HEAD(&b->claims, &mine, link); /* before a worker's: claim_at() finds it first */
+    }
+    spin_unlock(&b->lock);
+    if (!mine_to_do)
+        return;
+    /* The claim keeps others away, so the bit may be cleared outside the lock. */
+    if (!c && bitmap_unmark(b->todo, off, end - off, graph_retired(b->graph)) < 0)
+        backup_break(b, -ENOMEM, "taking a block for a guest write");
+    else
+        keep(b, &mine, c);
+    backup_claim_end(b, &mine);
+}
+
+void backup_before_write(struct node_hook *h, uint64_t off, uint64_t len)
+{
+    struct backup *b = (struct backup *)((char *)h - offsetof(struct backup, hook));
+    uint64_t end = MIN(round_up(off + len, b->granule), b->size);
+    off = round_down(off, b->granule);
+    while (off < end && !atomic_load(&b->failed)) {
+        uint64_t run, n;
+        bool dirty = bitmap_next_dirty(b->todo, off, end, &run, &n);
+        if (!atomic_load(&b->n_claims)) {
+            if (!dirty)
+                return;
+            off = round_down(run, b->granule);
+        }
+        save_granule(b, off, MIN(off + b->granule, b->size));
+        off += b->granule;
+    }
+}

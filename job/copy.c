@@ -1,0 +1,323 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The workers of a backup: copiers take units off `todo`, the spiller writes kept data (states:
+ * backup_int.h). All on one data loop, in coroutines. */
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "job/backup_int.h"
+
+#define IGNORE_PAUSE 100000000u /* between two tries of what on-error=ignore repeats */
+
+bool backup_stopping(struct backup *b)
+{
+    return job_cancelled(&b->job) || atomic_load(&b->failed);
+}
+
+void backup_kick_all(struct backup *b)
+{
+    for (unsigned i = 0; i <= b->n_workers; i++)
+        io_event_set(&b->worker[i].kick);
+}
+
+void backup_kick_main(struct backup *b)
+{
+    io_event_set(&b->job.kick);
+}
+
+/* ------------------------------------------------------------------ errors */
+
+struct error_call {
+    struct backup *b;
+    bool read;
+    int error;
+    enum job_on_error action;
+};
+
+static void ask_policy(void *arg)
+{
+    struct error_call *c = arg;
+    struct backup *b = c->b;
+    enum job_on_error policy = c->read ? b->opts.on_source_error : b->opts.on_target_error;
+    c->action = job_io_error(&b->job, policy, c->read, c->error);
+    if (c->action == JOB_ERROR_REPORT)
+        job_fail(&b->job, "%s", tide_strerror(c->error));
+}
+
+/* Tell the control loop; do as it says. */
+static co_fn void io_failed(struct worker *w, bool read, int error)
+{
+    struct backup *b = w->backup;
+    struct error_call c = {b, read, -error, JOB_ERROR_REPORT};
+    if (backup_stopping(b))
+        return;
+    loop_call(io_loop(graph_io(b->graph), 0), ask_policy, &c);
+    if (c.action == JOB_ERROR_REPORT) {
+        int none = 0;
+        atomic_compare_exchange_strong(&b->failure, &none, error);
+        atomic_store(&b->failed, true);
+        backup_kick_all(b);
+    } else if (c.action == JOB_ERROR_IGNORE) {
+        io_event_wait(&w->kick, io_now(graph_io(b->graph)) + IGNORE_PAUSE);
+    }
+}
+
+/* ------------------------------------------------------------------ pausing and speed */
+
+static co_fn void park_while_paused(struct worker *w)
+{
+    struct backup *b = w->backup;
+    if (!job_wants_pause(&b->job) || backup_stopping(b))
+        return;
+    atomic_fetch_add(&b->n_parked, 1);
+    backup_kick_main(b);
+    while (job_wants_pause(&b->job) && !backup_stopping(b))
+        io_event_wait(&w->kick, IO_FOREVER);
+    atomic_fetch_sub(&b->n_parked, 1);
+    backup_kick_main(b);
+}
+
+/* Wait until the rate limit lets the next unit go. */
+static co_fn void wait_for_budget(struct worker *w)
+{
+    struct backup *b = w->backup;
+    while (atomic_load(&b->job.speed) && !backup_stopping(b) && !job_wants_pause(&b->job)) {
+        spin_lock(&b->lock);
+        uint64_t at = b->budget_at;
+        spin_unlock(&b->lock);
+        if (at <= io_now(graph_io(b->graph)))
+            return;
+        io_event_wait(&w->kick, at);
+    }
+}
+
+/* Caller holds the lock. */
+static void spend_budget(struct backup *b, uint64_t len)
+{
+    uint64_t speed = atomic_load(&b->job.speed), now = io_now(graph_io(b->graph));
+    if (speed)
+        b->budget_at = MAX(b->budget_at, now) + (uint64_t)((double)len * 1e9 / (double)speed);
+}
+
+/* ------------------------------------------------------------------ claims */
+
+/* The next unit of work, taken; false: there is none. */
+static bool take_unit(struct backup *b, struct claim *c)
+{
+    uint64_t off, len;
+    spin_lock(&b->lock);
+    bool found = bitmap_next_dirty(b->todo, b->cursor, b->size, &off, &len) ||
+                 bitmap_next_dirty(b->todo, 0, b->cursor, &off, &len);
+    if (found) {
+        *c = (struct claim){.off = off, .end = off + MIN(len, b->chunk)};
+        b->cursor = c->end;
+        atomic_fetch_add(&b->n_claims, 1);
+        TAILQ_INSERT_TAIL(&b->claims, c, link);
+        spend_budget(b, c->end - c->off);
+    }
+    spin_unlock(&b->lock);
+    if (!found)
+        return false;
+    if (bitmap_unmark(b->todo, c->off, c->end - c->off, graph_retired(b->graph)) < 0)
+        backup_break(b, -ENOMEM, "taking a block to copy");
+    return true;
+}
+
+static bool is_kept(struct backup *b, const struct claim *c, uint64_t off)
+{
+    struct kept *k;
+    TAILQ_FOREACH (k, &b->spill, link) {
+        if (k->after == c && k->off == off)
+            return true;
+    }
+    return false;
+}
+
+static void progress(struct backup *b, uint64_t len)
+{
+    atomic_fetch_add(&b->job.current, len);
+}
+
+/* The unit is over. Granules whose old data a guest write has kept meanwhile are not ours any more:
+ * the kept copy follows. What failed goes back to `todo`. */
+static void end_unit(struct backup *b, struct claim *c, bool ok)
+{
+    struct bitmap *bm = ok ? b->undone : b->todo;
+    for (uint64_t off = c->off; off < c->end; off += b->granule) {
+        uint64_t len = MIN(b->granule, c->end - off);
+        spin_lock(&b->lock);
+        bool kept = is_kept(b, c, off);
+        spin_unlock(&b->lock);
+        if (kept)
+            continue;
+        if (!ok) {
+            bitmap_mark(bm, off, len, graph_retired(b->graph));
+        } else {
+            if (bitmap_unmark(bm, off, len, graph_retired(b->graph)) < 0)
+                log_debug("backup", "no memory to note a copied block: it counts as not copied");
+            progress(b, len);
+        }
+    }
+    backup_claim_end(b, c);
+}
+
+/* ------------------------------------------------------------------ copying */
+
+static bool all_zero(const char *p, uint64_t len)
+{
+    return !p[0] && !memcmp(p, p + 1, len - 1);
+}
+
+static co_fn int write_target(struct backup *b, void *buf, uint64_t off, uint64_t len)
+{
+    struct iovec one = {buf, len};
+    if (!all_zero(buf, len))
+        return node_pwritev(b->opts.target, &one, 1, off, len, 0);
+    if (b->target_is_zero)
+        return 0;
+    return node_zero(b->opts.target, off, len, NODE_UNMAP);
+}
+
+/* *read tells which side failed. */
+static co_fn int copy_data(struct backup *b, uint64_t off, uint64_t len, bool *read)
+{
+    *read = false;
+    if (b->opts.copy_range && !atomic_load(&b->no_offload)) {
+        if (node_copy_range(b->opts.source, off, b->opts.target, off, len) == 0)
+            return 0;
+        atomic_store(&b->no_offload, true); /* cannot, or failed: the plain way tells which side */
+    }
+    void *buf = io_buf_get(len);
+    if (!buf)
+        return -ENOMEM;
+    struct iovec one = {buf, len};
+    int r = node_preadv(b->opts.source, &one, 1, off, len);
+    *read = r < 0;
+    if (r == 0)
+        r = write_target(b, buf, off, len);
+    io_buf_put(buf, len);
+    return r;
+}
+
+static co_fn int copy_unit(struct backup *b, const struct claim *c, bool *read)
+{
+    for (uint64_t off = c->off; off < c->end;) {
+        struct extent e;
+        int r = node_extent(b->opts.source, off, c->end - off, &e);
+        *read = true;
+        if (r == 0 && e.zero) {
+            *read = false;
+            r = b->target_is_zero ? 0 : node_zero(b->opts.target, off, e.len, NODE_UNMAP);
+        } else if (r == 0) {
+            r = copy_data(b, off, e.len, read);
+        }
+        if (r < 0)
+            return r;
+        off += e.len;
+    }
+    return 0;
+}
+
+void backup_worker(void *arg)
+{
+    struct worker *w = arg;
+    struct backup *b = w->backup;
+    while (!backup_stopping(b)) {
+        struct claim c;
+        bool read = false;
+        park_while_paused(w);
+        wait_for_budget(w);
+        if (backup_stopping(b) || job_wants_pause(&b->job))
+            continue;
+        root_enter(b->unit_root);
+        if (!take_unit(b, &c)) {
+            root_leave(b->unit_root);
+            break;
+        }
+        int r = copy_unit(b, &c, &read);
+        end_unit(b, &c, r == 0);
+        root_leave(b->unit_root);
+        if (r < 0)
+            io_failed(w, read, r);
+        loop_pause();
+    }
+    atomic_fetch_sub(&b->n_running, 1);
+    io_event_set(&b->worker[b->n_workers].kick);
+    backup_kick_main(b);
+}
+
+/* ------------------------------------------------------------------ kept data */
+
+static struct kept *take_kept(struct backup *b)
+{
+    struct kept *k;
+    spin_lock(&b->lock);
+    TAILQ_FOREACH (k, &b->spill, link) {
+        if (!k->after)
+            break;
+    }
+    spin_unlock(&b->lock);
+    return k; /* stays in the list: until it is written it is the only copy */
+}
+
+static void drop_kept(struct backup *b, struct kept *k)
+{
+    struct starving *s;
+    spin_lock(&b->lock);
+    TAILQ_REMOVE(&b->spill, k, link);
+    b->spill_bytes -= k->len;
+    s = TAILQ_FIRST(&b->starving);
+    if (s)
+        io_event_set(&s->event);
+    spin_unlock(&b->lock);
+    io_buf_put(k->buf, k->len);
+    mem_free(k);
+}
+
+static co_fn void spill_one(struct worker *w, struct kept *k)
+{
+    struct backup *b = w->backup;
+    root_enter(b->spill_root);
+    int r = write_target(b, k->buf, k->off, k->len);
+    if (r == 0 && bitmap_unmark(b->undone, k->off, k->len, graph_retired(b->graph)) < 0)
+        log_debug("backup", "no memory to note a copied block: it counts as not copied");
+    root_leave(b->spill_root);
+    if (r == 0) {
+        progress(b, k->len);
+        drop_kept(b, k);
+        return;
+    }
+    io_failed(w, false, r);
+    while (job_wants_pause(&b->job) && !backup_stopping(b))
+        io_event_wait(&w->kick, IO_FOREVER);
+}
+
+static bool spiller_is_done(struct backup *b)
+{
+    if (backup_stopping(b))
+        return true;
+    if (b->opts.sync == BACKUP_NONE || atomic_load(&b->n_running) > 1)
+        return false;
+    spin_lock(&b->lock);
+    bool done = TAILQ_EMPTY(&b->spill) && TAILQ_EMPTY(&b->claims);
+    spin_unlock(&b->lock);
+    return done;
+}
+
+void backup_spiller(void *arg)
+{
+    struct worker *w = arg;
+    struct backup *b = w->backup;
+    while (!spiller_is_done(b)) {
+        struct kept *k = take_kept(b);
+        if (k)
+            spill_one(w, k);
+        else
+            io_event_wait(&w->kick, IO_FOREVER);
+    }
+    atomic_fetch_sub(&b->n_running, 1);
+    backup_kick_main(b);
+}
