@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -259,20 +260,32 @@ static void build_argv(struct serve *s, const char *binary)
     add_arg(s, cli_strdup("--daemonize"));
 }
 
-/* tidemarkd beside this program, else by PATH. */
+/* tidemarkd in the directory of `program`; NULL if there is none. */
+static char *daemon_beside(const char *program)
+{
+    const char *slash = strrchr(program, '/');
+    if (!slash)
+        return NULL;
+    char *path = cli_printf("%.*s/tidemarkd", (int)(slash - program), program);
+    if (access(path, X_OK) == 0)
+        return path;
+    mem_free(path);
+    return NULL;
+}
+
+/* Beside this program as it was called (which may be a link), beside the file that it is, or
+ * wherever PATH says. */
 static char *find_daemon(void)
 {
+    const char *called = (const char *)getauxval(AT_EXECFN);
+    char *path = called ? daemon_beside(called) : NULL;
+    if (path)
+        return path;
     char self[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-    if (n > 0) {
-        self[n] = '\0';
-        *strrchr(self, '/') = '\0';
-        char *beside = cli_printf("%s/tidemarkd", self);
-        if (access(beside, X_OK) == 0)
-            return beside;
-        mem_free(beside);
-    }
-    return cli_strdup("tidemarkd");
+    self[n > 0 ? n : 0] = '\0';
+    path = daemon_beside(self);
+    return path ? path : cli_strdup("tidemarkd");
 }
 
 static int start(struct serve *s)

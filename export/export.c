@@ -45,6 +45,7 @@ struct exports {
     struct io *io;
     struct event_bus *bus;
     struct nbd_server *nbd;
+    bool open; /* clients are served; until then they wait in the backlog */
     uint64_t serial;
     unsigned next_loop;
     TAILQ_HEAD(, export) list; /* newest first */
@@ -291,7 +292,16 @@ int nbd_server_start(struct exports *x, struct io_addr *addr, unsigned max_conne
         return tide_fail(err, -EEXIST, "the NBD server is running already; stop it first");
     }
     x->nbd = srv;
+    if (x->open)
+        nbd_server_release(srv);
     return 0;
+}
+
+void exports_open(struct exports *x)
+{
+    x->open = true;
+    if (x->nbd)
+        nbd_server_release(x->nbd);
 }
 
 int nbd_server_stop(struct exports *x, struct tide_error *err)

@@ -16,6 +16,9 @@ struct q_block_export_options;
 
 int exports_new(struct graph *g, struct event_bus *bus, struct exports **out);
 void exports_free(struct exports *x); /* closed */
+/* The daemon is up: from now on NBD clients are served; until then they wait in the backlog, so that
+ * none misses an export that the command line is about to add. */
+void exports_open(struct exports *x);
 
 /* nbd-server-start: listen on `addr` (its port is filled in). max_connections 0 = no limit. One at a
  * time: -EEXIST. */

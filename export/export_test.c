@@ -214,6 +214,7 @@ static void world_main(void *arg)
     CHECK_EQ(event_bus_new(w->io, &w->bus), 0);
     event_bus_attach(w->bus, &w->sink);
     CHECK_EQ(exports_new(w->graph, w->bus, &w->x), 0);
+    exports_open(w->x);
     make_disk(w);
     add_node(w, "n", false);
     w->body(w);

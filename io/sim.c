@@ -415,10 +415,6 @@ static int engine_signals_block(struct io *io)
 
 /* ------------------------------------------------------------------ life and death */
 
-/* Frees the stacks of coroutines that will never end. Weak until co/ has it: without it they are
- * leaked, 128 KiB of address space each. */
-void co_abandon_all(struct co_sched *s) __attribute__((weak));
-
 /* Messages and timers may lie on stacks that are about to go: forget them first. */
 static void abandon(struct sim *s)
 {
@@ -429,13 +425,8 @@ static void abandon(struct sim *s)
         l->run_head = l->run_tail = NULL;
         l->timers = NULL;
     }
-    for (unsigned i = 0; i < s->io.n_loops; i++) {
-        struct co_sched *sched = &s->io.loops[i]->sched;
-        if (co_abandon_all)
-            co_abandon_all(sched);
-        else
-            sched->n_live = 0;
-    }
+    for (unsigned i = 0; i < s->io.n_loops; i++)
+        co_abandon_all(&s->io.loops[i]->sched);
 }
 
 static void engine_free(struct io *io)

@@ -10,7 +10,7 @@
 
 static void use_files(void *arg)
 {
-    struct io_file *f = must_open("d/f", O_RDWR | O_CREAT), *ro = must_open("d/f", O_RDONLY);
+    struct io_file *f = must_open("d/f", O_RDWR | O_CREAT), *ro = must_open("d/f", O_RDONLY), *no;
     char buf[16] = "";
     struct iovec iov[3] = {{"ab", 2}, {NULL, 0}, {"cde", 3}};
     CHECK(io_pwritev(f, iov, 3, 4094, 0) == 5);
@@ -39,6 +39,16 @@ static void use_files(void *arg)
     CHECK(n == 3 && read_at(g, buf, 10, 0) == 3 && memcmp(buf, "cde", 3) == 0);
     CHECK(io_copy_range(f, 0, f, 10, 20) == -EINVAL);
     CHECK(io_copy_range(g, 3, f, 0, 20) == 0);
+    CHECK(io_copy_range(f, 0, ro, 0, 20) == -EBADF);
+    CHECK(io_copy_range(f, UINT64_MAX, g, 0, 20) == -EINVAL);
+    CHECK(read_at(f, buf, 1, UINT64_MAX) == -EINVAL);
+    CHECK(io_extent(f, UINT64_MAX, &len, &data) == -EINVAL);
+    CHECK(io_file_lock(f, UINT64_MAX, 2, IO_LOCK_SHARED) == -EINVAL);
+    CHECK(io_truncate(f, UINT64_MAX) == -EFBIG);
+    CHECK(io_rename("d/g", "d/g", 0) == 0 && write_at(g, buf, 0, 0, 0) == 0);
+    CHECK(io_open("", O_RDONLY, 0, &no) == -ENOENT && io_unlink("") == -ENOENT);
+    n = io_copy_range(f, 8 * TIB, g, 4096, 100000); /* a hole; may be short */
+    CHECK(n > 0 && n <= 100000 && io_truncate(g, 3) == 0);
     CHECK(io_rename("d/g", "d/f", IO_EXCHANGE) == 0);
     CHECK(io_stat("d/g", &st) == 0 && st.ino == ino);
     CHECK(io_rename("d/g", "d/f", IO_NOREPLACE) == -EEXIST);
@@ -46,6 +56,10 @@ static void use_files(void *arg)
     CHECK(io_sync_dir("d") == 0 && io_sync_dir("none") == -ENOENT);
     struct io_file *dir = must_open("d", O_RDONLY | O_DIRECTORY);
     CHECK(io_fsync(dir) == 0 && read_at(dir, buf, 1, 0) == -EISDIR);
+    CHECK(io_copy_range(dir, 0, g, 0, 1) == -EISDIR);
+    CHECK(write_at(g, "x", 1, 0, 0) == 1);
+    io_close(must_open("d/g", O_RDWR | O_TRUNC));
+    CHECK(io_stat("d/g", &st) == 0 && st.size == 0);
     CHECK(io_file_lock(f, 0, 10, IO_LOCK_EXCLUSIVE) == 0);
     CHECK(io_file_lock_test(ro, 9, 1, IO_LOCK_SHARED) == -EAGAIN);
     CHECK(io_file_lock(ro, 20, 1, IO_LOCK_EXCLUSIVE) == -EBADF);
@@ -105,6 +119,21 @@ static void open_without_memory(void *arg)
 static void memory_can_run_out(void **state)
 {
     live_well((struct sim_config){.seed = 1}, open_without_memory, NULL);
+}
+
+static void a_loop_may_be_refused_memory(void **state)
+{
+    struct io *io;
+    for (unsigned long n = 1; n <= 3; n++) {
+        mem_fail_after(n);
+        assert_int_equal(sim_new(&(struct sim_config){.n_loops = 2}, &io), -ENOMEM);
+    }
+    mem_fail_after(0);
+    sim_new(&(struct sim_config){.n_loops = 1}, &io);
+    mem_fail_after(1);
+    assert_int_equal(io_run(io, open_without_memory, NULL), -ENOMEM);
+    io_free(io);
+    io_free(NULL);
 }
 
 /* ------------------------------------------------------------------ faults */
@@ -180,6 +209,43 @@ static void count_errors(void *arg)
     n[3] = (unsigned)((io_now(self()) - begin) / SECOND);
     io_close(f);
     io_stop(self());
+}
+
+static void meet_a_reset(void *arg)
+{
+    struct io_sock *a, *b;
+    unsigned *n = arg;
+    for (int fd = 0; fd < 100; fd++) {
+        CHECK(io_sock_from_fds(self(), fd, fd, &a) == 0);
+        CHECK(sim_fds_peer(self(), fd, fd, &b) == 0);
+        int r = send_all(a, "x", 1);
+        CHECK(r == 0 || r == -ECONNRESET);
+        n[0] += r < 0;
+        io_sock_close(a);
+        io_sock_close(b);
+    }
+    io_stop(self());
+}
+
+static void resets_come_by_chance(void **state)
+{
+    unsigned n = 0;
+    live_well((struct sim_config){.seed = 3, .reset_in = 10}, meet_a_reset, &n);
+    assert_in_range(n, 2, 50);
+}
+
+static void trace_says_what_happens(void **state)
+{
+    struct sim_world *w = sim_world_new();
+    char *text = NULL;
+    size_t len;
+    FILE *f = open_memstream(&text, &len);
+    live_well((struct sim_config){.seed = 1, .world = w, .trace = f}, open_without_memory, NULL);
+    fclose(f);
+    assert_non_null(strstr(text, " turn 0 0 0\n"));
+    assert_non_null(strstr(text, " open 1 0 0\n"));
+    free(text);
+    sim_world_free(w);
 }
 
 static void faults_come_by_chance(void **state)
@@ -525,19 +591,35 @@ static void use_sockets(void *arg)
     CHECK(io_listen(&p.addr, 4, &p.listener, &err) == 0);
     CHECK(io_listen(&p.addr, 4, &other, &err) == -EADDRINUSE && strstr(err.msg, "unix:@s"));
     ends_of_streams(&p);
+    char text[200];
     CHECK(io_sock_peer_pid(p.listener) == -1);
+    io_sock_peer(p.listener, text, sizeof text);
+    CHECK(strcmp(text, "unix:@s") == 0);
+    CHECK(io_recv(p.listener, text, 1) == -ENOTCONN && send_all(p.listener, "x", 1) == -ENOTCONN);
+    struct io_addr nothing = {.type = IO_ADDR_UNIX};
+    CHECK(io_listen(&nothing, 1, &other, &err) == -EINVAL && strstr(err.msg, "empty"));
+    CHECK(io_connect(&nothing, &other) == -EINVAL);
+    mem_fail_after(1);
+    CHECK(io_connect(&p.addr, &other) == -ENOMEM);
+    mem_fail_after(1);
+    CHECK(io_sock_from_fds(io, 5, 6, &other) == -ENOMEM);
 
     struct io_addr any = {.type = IO_ADDR_TCP, .host = "0.0.0.0", .port = "0"};
     struct io_sock *tcp;
     CHECK(io_listen(&any, 1, &tcp, &err) == 0 && strcmp(any.port, "0") != 0);
     snprintf(any.host, sizeof any.host, "127.0.0.1");
     CHECK(io_connect(&any, &p.client) == 0);
+    CHECK(io_accept(p.client, &other) == -EINVAL);
+    io_sock_peer(p.client, text, sizeof text);
+    CHECK(strncmp(text, "127.0.0.1:", 10) == 0);
     io_sock_close(tcp); /* before it was accepted */
     char c;
     CHECK(io_recv(p.client, &c, 1) == -ECONNRESET);
     io_sock_close(p.client);
 
     CHECK(io_sock_from_fds(io, 0, 1, &p.server) == 0);
+    struct io_sock *unasked;
+    CHECK(io_sock_from_fds(io, 7, 8, &unasked) == 0);
     CHECK(sim_fds_peer(io, 0, 1, &p.client) == 0);
     CHECK(sim_fds_peer(io, 0, 1, &other) == -ENOENT);
     CHECK(send_all(p.client, "q", 1) == 0 && io_recv(p.server, &c, 1) == 1 && c == 'q');
@@ -598,6 +680,9 @@ int main(void)
         cmocka_unit_test(memory_can_run_out),
         cmocka_unit_test(faults_strike_where_ordered),
         cmocka_unit_test(faults_come_by_chance),
+        cmocka_unit_test(resets_come_by_chance),
+        cmocka_unit_test(trace_says_what_happens),
+        cmocka_unit_test(a_loop_may_be_refused_memory),
         cmocka_unit_test(a_stall_meets_a_deadline),
         cmocka_unit_test(a_mutex_works_between_loops),
         cmocka_unit_test(grace_passes_all_loops),

@@ -51,6 +51,12 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
     return 0;
 }
 
+int instance_open(struct instance *inst, struct tide_error *err)
+{
+    exports_open(inst->exports);
+    return monitors_open(inst->monitors, err);
+}
+
 void instance_quit(struct instance *inst)
 {
     io_event_set(&inst->quit);

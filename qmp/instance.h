@@ -26,6 +26,8 @@ struct instance {
 
 /* On the control loop, in a coroutine. */
 co_fn int instance_new(struct io *io, struct instance **out, struct tide_error *err);
+/* Everything is set up: clients of monitors and exports are served from now on. */
+int instance_open(struct instance *inst, struct tide_error *err);
 /* Ask for the end; returns at once. */
 void instance_quit(struct instance *inst);
 /* In order: exports, jobs, nodes, monitors. Then free everything. */

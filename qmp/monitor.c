@@ -49,6 +49,7 @@ struct monitors {
     TAILQ_HEAD(, monitor) clients;
     TAILQ_HEAD(, listener) listeners;
     unsigned n_clients, n_listeners;
+    bool open; /* the daemon is up: clients that wait in the backlog are served */
     bool refuse, closing;
     struct io_event gone;
 };
@@ -254,6 +255,13 @@ int monitor_serve(struct monitors *all, struct io_sock *s, bool pretty, struct t
     return 0;
 }
 
+static void drop_listener(struct listener *l)
+{
+    TAILQ_REMOVE(&l->all->listeners, l, link);
+    io_sock_close(l->sock);
+    mem_free(l);
+}
+
 static void listener_main(void *arg)
 {
     struct listener *l = arg;
@@ -274,10 +282,13 @@ static void listener_main(void *arg)
             log_warn("qmp", "%s", err.msg);
         }
     }
-    io_sock_close(l->sock);
-    TAILQ_REMOVE(&all->listeners, l, link);
-    mem_free(l);
+    drop_listener(l);
     io_event_set(&all->gone);
+}
+
+static int start_listener(struct listener *l)
+{
+    return loop_spawn(io_loop(l->all->inst->io, 0), listener_main, l);
 }
 
 int monitor_listen(struct monitors *m, struct io_addr *addr, bool pretty, struct tide_error *err)
@@ -288,18 +299,29 @@ int monitor_listen(struct monitors *m, struct io_addr *addr, bool pretty, struct
     l->all = m;
     l->pretty = pretty;
     int r = io_listen(addr, 64, &l->sock, err);
-    if (r == 0) {
-        TAILQ_INSERT_TAIL(&m->listeners, l, link);
-        r = loop_spawn(io_loop(m->inst->io, 0), listener_main, l);
-        if (r < 0) {
-            TAILQ_REMOVE(&m->listeners, l, link);
-            io_sock_close(l->sock);
-            tide_fail(err, r, "no memory for a monitor");
-        }
-    }
-    if (r < 0)
+    if (r < 0) {
         mem_free(l);
+        return r;
+    }
+    TAILQ_INSERT_TAIL(&m->listeners, l, link);
+    r = m->open ? start_listener(l) : 0;
+    if (r < 0) {
+        drop_listener(l);
+        tide_fail(err, r, "no memory for a monitor");
+    }
     return r;
+}
+
+int monitors_open(struct monitors *m, struct tide_error *err)
+{
+    struct listener *l;
+    m->open = true;
+    TAILQ_FOREACH (l, &m->listeners, link) {
+        int r = start_listener(l);
+        if (r < 0)
+            return tide_fail(err, r, "no memory for a monitor");
+    }
+    return 0;
 }
 
 void monitors_refuse(struct monitors *m)
@@ -328,6 +350,8 @@ void monitors_close(struct monitors *m)
     struct listener *l;
     struct monitor *c;
     m->closing = true;
+    while (!m->open && (l = TAILQ_FIRST(&m->listeners)))
+        drop_listener(l); /* its coroutine was never started */
     TAILQ_FOREACH (l, &m->listeners, link)
         io_sock_shutdown(l->sock);
     while (!all_sent(m) && io_now(m->inst->io) < deadline)

@@ -22,6 +22,8 @@ void monitors_free(struct monitors *m); /* closed */
 /* Serve clients that connect to `addr`; they get `pretty` output if asked. */
 co_fn int monitor_listen(struct monitors *m, struct io_addr *addr, bool pretty,
                          struct tide_error *err);
+/* The daemon is up: from now on clients are served; until then they wait in the backlog. */
+int monitors_open(struct monitors *m, struct tide_error *err);
 /* Serve this one client; takes over the socket. */
 int monitor_serve(struct monitors *m, struct io_sock *s, bool pretty, struct tide_error *err);
 /* From now on commands that change something are refused: the daemon is ending. */

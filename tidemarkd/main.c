@@ -121,6 +121,8 @@ static void daemon_main(void *arg)
             r = write_pidfile(d, &err);
         if (r == 0)
             r = loop_spawn(io_loop(d->io, 0), wait_for_signal, d);
+        if (r == 0)
+            r = instance_open(d->inst, &err);
         if (r == 0) {
             tell_parent(d);
             io_event_wait(&d->inst->quit, IO_FOREVER);

@@ -70,6 +70,7 @@ struct nbd_server {
     unsigned n_conns;
     unsigned next_loop;
     unsigned n_running; /* coroutines that are not connections: acceptor, watchdog */
+    bool held; /* clients wait in the backlog until nbd_server_release() */
     bool stopping;
     struct nbd_conns conns;     /* in the order of their deadlines */
     struct nbd_exports exports; /* oldest first */
@@ -82,6 +83,8 @@ struct nbd_server {
 
 co_fn int nbd_server_open(struct io *io, struct io_addr *addr, unsigned max_connections,
                           struct nbd_server **out, struct tide_error *err);
+/* Serve the clients: a new server lets them wait. */
+void nbd_server_release(struct nbd_server *srv);
 /* No more clients from now on; those who are here are cut off. Does not wait. */
 void nbd_server_shut(struct nbd_server *srv);
 /* Shut before, its exports are gone: waits for what still runs and frees. */

@@ -132,7 +132,7 @@ static void acceptor(void *arg)
 {
     struct nbd_server *srv = arg;
     while (!srv->stopping) {
-        if (srv->max_connections && srv->n_conns >= srv->max_connections)
+        if (srv->held || (srv->max_connections && srv->n_conns >= srv->max_connections))
             io_event_wait(&srv->room, IO_FOREVER);
         else
             accept_one(srv);
@@ -189,6 +189,7 @@ int nbd_server_open(struct io *io, struct io_addr *addr, unsigned max_connection
     if (!srv)
         return tide_fail(err, -ENOMEM, "no memory for the NBD server");
     srv->io = io;
+    srv->held = true;
     srv->max_connections = max_connections;
     srv->room = srv->watch = srv->ended = (struct io_event)IO_EVENT_INIT;
     TAILQ_INIT(&srv->conns);
@@ -206,6 +207,12 @@ int nbd_server_open(struct io *io, struct io_addr *addr, unsigned max_connection
     }
     *out = srv;
     return 0;
+}
+
+void nbd_server_release(struct nbd_server *srv)
+{
+    srv->held = false;
+    io_event_set(&srv->room);
 }
 
 void nbd_server_shut(struct nbd_server *srv)

@@ -1,0 +1,124 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the suites one after the other, prints a line for each, counts.
+
+A stage is a command that writes a JUnit file, or one that counts as a single test by its exit status
+(77: skipped). Output goes to build/check/STAGE.log and is shown when the stage fails.
+"""
+import glob
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OUT = os.path.join(ROOT, 'build', 'check')
+PYTHON = '/usr/bin/python3'
+LONG = '--long' in sys.argv
+
+
+class Stage:
+    def __init__(self, name, command, env=None, junit=None, limit=600):
+        self.name, self.command, self.env, self.junit, self.limit = name, command, env or {}, junit, limit
+
+
+def meson(name, build, *args, env=None, limit=600):
+    junit = os.path.join(ROOT, build, 'meson-logs', 'testlog-' + name + '.junit.xml')
+    return Stage(name, ['meson', 'test', '-C', build, '--no-rebuild', '--print-errorlogs', '--logbase',
+                        'testlog-' + name, *args], env, junit, limit)
+
+
+def pytest(name, build, *args, env=None, limit=600):
+    junit = os.path.join(OUT, name + '.xml')
+    return Stage(name, [PYTHON, '-m', 'pytest', '-q', '-x' if False else '-ra', '-p', 'no:cacheprovider',
+                        '--junitxml', junit, *args],
+                 {'TIDEMARK_BUILD': os.path.join(ROOT, build), **(env or {})}, junit, limit)
+
+
+def stages():
+    seeds = {'SIM_SEEDS': '20000'} if LONG else {}
+    lists = {'TIDEMARK_FUZZ_LISTS': '100000'} if LONG else {}
+    hours = 4 * 3600 if LONG else 600
+    return [
+        Stage('tidy', [PYTHON, 'scripts/tidy.py']),
+        meson('unit', 'build-asan', '--suite', 'unit', env=seeds, limit=hours),
+        meson('unit-tsan', 'build-tsan', '--suite', 'unit', limit=hours),
+        meson('sim', 'build-asan', '--suite', 'sim', env=seeds, limit=hours),
+        meson('cross', 'build', '--suite', 'cross'),
+        pytest('system', 'build-asan', 'tests/system', env=lists, limit=hours),
+        pytest('interop', 'build-asan', 'tests/interop'),
+        pytest('portable', 'build', 'tests/system', 'tests/interop', env={'TIDEMARK_ENGINE': 'portable'}),
+        pytest('threads', 'build-tsan', 'tests/interop', 'tests/system/test_cbw.py',
+               'tests/system/test_transaction.py'),
+        Stage('fuzz', ['scripts/fuzz.sh', '600' if LONG else '10'], limit=hours),
+        Stage('demo', ['./run']),
+        Stage('bench', ['bench/run', '--quick', '--peer', 'tidemarkd,qsd', '--cases',
+                        '4k-randread-qd16$|4k-randwrite-qd16$|backup|transaction|greeting']),
+    ]
+
+
+def count_junit(path):
+    """(passed, [failed names], skipped)"""
+    passed, failed, skipped = 0, [], 0
+    for case in ET.parse(path).getroot().iter('testcase'):
+        if case.find('failure') is not None or case.find('error') is not None:
+            failed.append(f"{case.get('classname')}: {case.get('name')}")
+        elif case.find('skipped') is not None:
+            skipped += 1
+        else:
+            passed += 1
+    return passed, failed, skipped
+
+
+def run(stage):
+    log = os.path.join(OUT, stage.name + '.log')
+    if stage.junit and os.path.exists(stage.junit):
+        os.unlink(stage.junit)
+    begin = time.monotonic()
+    with open(log, 'wb') as f:
+        try:
+            code = subprocess.run(stage.command, cwd=ROOT, env={**os.environ, **stage.env}, stdout=f,
+                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                  timeout=stage.limit).returncode
+        except subprocess.TimeoutExpired:
+            f.write(b'\nended: it took too long\n')
+            code = 124
+    seconds = time.monotonic() - begin
+    if stage.junit and os.path.exists(stage.junit):
+        passed, failed, skipped = count_junit(stage.junit)
+        if code not in (0, 77) and not failed:
+            failed = [f'{stage.name}: ended with status {code}']
+    elif code == 77:
+        passed, failed, skipped = 0, [], 1
+    else:
+        passed, failed, skipped = (1, [], 0) if code == 0 else (0, [stage.name], 0)
+    print(f'{stage.name:<10} {passed:5} passed {len(failed):3} failed {skipped:3} skipped '
+          f'{seconds:7.1f} s', flush=True)
+    if failed:
+        with open(log, errors='replace') as f:
+            print(''.join(f.readlines()[-80:]), flush=True)
+    return passed, failed, skipped
+
+
+def main():
+    os.makedirs(OUT, exist_ok=True)
+    wanted = [a for a in sys.argv[1:] if not a.startswith('--')]
+    todo = [s for s in stages() if not wanted or s.name in wanted]
+    if '--list' in sys.argv:
+        print('\n'.join(s.name for s in stages()))
+        return 0
+    unknown = set(wanted) - {s.name for s in stages()}
+    if unknown:
+        print(f'check: no stage {", ".join(sorted(unknown))}; see ./check --list', file=sys.stderr)
+        return 2
+    results = [run(s) for s in todo]
+    failed = [f for r in results for f in r[1]]
+    for name in failed:
+        print('FAILED', name)
+    print(f'{sum(r[0] for r in results)} passed, {len(failed)} failed, {sum(r[2] for r in results)} skipped')
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
