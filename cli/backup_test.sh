@@ -3,14 +3,15 @@
 # The tool against a real daemon: points are made, put back and compared with the disks as they were;
 # then runs are killed at every step, and every next one still has to be incremental and right.
 #
-#   backup_test.sh TIDEMARK TIDEMARKD
+#   backup_test.sh TIDEMARK TIDEMARKD KILLAT.so
 #
 # Ends with 77 (skipped) if a program is missing. Nothing here sleeps or guesses a moment: runs are
-# killed at their n-th system call.
+# killed at their n-th call of the system (killat.c).
 set -u
 tool=$(realpath "$1")
 daemon=$(realpath "$2")
-for program in qemu-io strace cmp "$tool" "$daemon"; do
+killat=$(realpath "$3")
+for program in qemu-io cmp "$tool" "$daemon"; do
     command -v "$program" >/dev/null || { echo "skipped: no $program"; exit 77; }
 done
 
@@ -19,9 +20,8 @@ cd "$dir" || exit 1
 mkdir bin
 ln -s "$tool" bin/tidemark
 ln -s "$daemon" bin/tidemarkd
-export PATH="$dir/bin:$PATH" TIDEMARK_SOCKET="$dir/run/tidemark.sock" ASAN_OPTIONS=detect_leaks=0
-export NO_COLOR=1
-unset LD_PRELOAD
+export PATH="$dir/bin:$PATH" TIDEMARK_SOCKET="$dir/run/tidemark.sock"
+export ASAN_OPTIONS=verify_asan_link_order=0
 
 end() {
     tidemark stop >/dev/null 2>&1
@@ -117,21 +117,19 @@ says "is gone"
 same latest one.img two.img
 echo "ok - directories are independent"
 
-# Killed at every n-th of the calls that change something or talk to the daemon.
-calls=sendto,fsync,renameat,openat,ftruncate
-for n in $(seq 1 50); do
-    write one "write -P $n $((n * 192))k 70k"
-    write two "write -P $n $((n * 128))k 70k"
-    strace -f --seccomp-bpf -o /dev/null -e trace=$calls -e inject=$calls:signal=KILL:when="$n" \
-        tidemark backup --to bk one two >/dev/null 2>&1
+# Killed before every n-th call that changes a file or talks to the daemon.
+for n in $(seq 1 100); do
+    write one "write -P $n $((n * 96))k 70k"
+    write two "write -P $n $((n * 64))k 70k"
+    KILL_AT=$n LD_PRELOAD=$killat tidemark backup --to bk one two >/dev/null 2>&1
     code=$?
-    write one "write -P $((n + 1)) $((n * 192 + 40))k 70k"
+    write one "write -P $((n + 1)) $((n * 96 + 40))k 70k"
     run 0 backup --to bk --incremental one two
     same latest one.img two.img
     ls bk | grep -q tmp && fail "files were left behind"
     [ $code = 0 ] && break
 done 2>/dev/null
-[ "$n" -gt 10 ] && [ "$n" -lt 50 ] || fail "the run made $n calls"
+[ "$n" -gt 10 ] && [ "$n" -lt 100 ] || fail "the run made $n calls"
 run 0 verify bk
 tidemark job ls | grep -q "no jobs" || fail "jobs were left behind"
 tidemark node ls | grep -q tm- && fail "target nodes were left behind"

@@ -80,7 +80,7 @@ int cli_usage(const struct cli *c, const char *fmt, ...) __attribute__((format(p
 int cli_print_json(json_t *value);
 
 /* Memory of the tool: a run that gets none ends with exit code 1. */
-char *cli_printf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+char *cli_printf(const char *fmt, ...) __attribute__((format(printf, 1, 2), nonnull(1)));
 char *cli_strdup(const char *s);
 void *cli_alloc(size_t n, size_t size); /* zeroed */
 void *cli_grow(void *p, size_t n, size_t size);

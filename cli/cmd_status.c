@@ -130,22 +130,35 @@ static int ask(struct client *c, struct status *s, struct tide_error *err)
     return r;
 }
 
+/* One line of what the daemon says about itself; what is neither a scalar nor a list of words is
+ * left to --json. */
+static void print_fact(const char *key, json_t *v)
+{
+    mem_autofree char *text = NULL;
+    if (json_is_string(v))
+        text = cli_strdup(json_string_value(v));
+    else if (json_is_integer(v))
+        text = cli_printf("%" JSON_INTEGER_FORMAT, json_integer_value(v));
+    else if (json_is_boolean(v))
+        text = cli_strdup(json_is_true(v) ? "yes" : "no");
+    for (size_t i = 0; i < json_array_size(v); i++) {
+        const char *word = json_string_value(json_array_get(v, i));
+        char *longer = cli_printf("%s%s%s", text ? text : "", text ? ", " : "", word ? word : "?");
+        mem_free(text);
+        text = longer;
+    }
+    if (!text)
+        return;
+    mem_autofree char *name = cli_printf("%s:", key);
+    printf("%-12s %s\n", text_clean(name), text_clean(text));
+}
+
 static void print_daemon(const struct status *s)
 {
     const char *key;
     json_t *v;
     json_object_foreach (s->daemon, key, v) {
-        char *name = text_clean(cli_printf("%s:", key));
-        if (json_is_string(v)) {
-            char *text = text_clean(cli_strdup(json_string_value(v)));
-            printf("%-12s %s\n", name, text);
-            mem_free(text);
-        } else if (json_is_integer(v)) {
-            printf("%-12s %" JSON_INTEGER_FORMAT "\n", name, json_integer_value(v));
-        } else if (json_is_boolean(v)) {
-            printf("%-12s %s\n", name, json_is_true(v) ? "yes" : "no");
-        }
-        mem_free(name);
+        print_fact(key, v);
     }
     if (s->daemon)
         return;

@@ -135,10 +135,9 @@ bool manifest_is_file_name(const char *file, uint64_t number)
 static int read_string(json_t *o, const char *key, const char **out, struct tide_error *err)
 {
     json_t *v = json_object_get(o, key);
-    if (!json_is_string(v) || json_string_length(v) != strlen(json_string_value(v))) {
-        tide_fail(err, -EBADMSG, "the manifest is damaged: '%s' is missing or no string", key);
-        return err->code;
-    }
+    if (!json_is_string(v) || json_string_length(v) != strlen(json_string_value(v)))
+        return tide_fail(err, -EBADMSG, "the manifest is damaged: '%s' is missing or no string",
+                         key);
     *out = json_string_value(v);
     return 0;
 }
@@ -154,7 +153,7 @@ static int read_number(json_t *o, const char *key, uint64_t *out, struct tide_er
 
 static int read_uuid(json_t *o, const char *key, char out[UUID_SIZE], struct tide_error *err)
 {
-    const char *s;
+    const char *s = "";
     int r = read_string(o, key, &s, err);
     if (r < 0)
         return r;
@@ -223,7 +222,7 @@ static int read_extents(json_t *list, struct manifest *m, struct manifest_disk *
 static int read_disk_names(json_t *v, struct manifest *m, struct manifest_disk *d,
                            struct tide_error *err)
 {
-    const char *format, *kind;
+    const char *format = "", *kind = "";
     int r = read_string(v, "name", &d->name, err);
     if (r == 0)
         r = read_string(v, "file", &d->file, err);
@@ -356,7 +355,7 @@ static uint64_t checksum(json_t *points)
 
 static int read_head(json_t *value, struct manifest *m, struct tide_error *err)
 {
-    uint64_t version, sum;
+    uint64_t version = 0, sum;
     int r = read_number(value, "version", &version, err);
     if (r < 0)
         return r;
@@ -392,11 +391,16 @@ int manifest_parse(json_t *value, struct manifest *m, struct tide_error *err)
 int manifest_load(int dir_fd, struct manifest *m, struct tide_error *err)
 {
     int fd = openat(dir_fd, MANIFEST_FILE, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0)
-        return tide_fail(err, -errno, "cannot open '%s': %s", MANIFEST_FILE, tide_strerror(errno));
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "r"); /* jansson reads a descriptor byte by byte */
+    if (!f) {
+        tide_fail(err, -errno, "cannot open '%s': %s", MANIFEST_FILE, tide_strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return err->code;
+    }
     json_error_t why;
-    json_t *value = json_loadfd(fd, JSON_REJECT_DUPLICATES, &why);
-    close(fd);
+    json_t *value = json_loadf(f, JSON_REJECT_DUPLICATES, &why);
+    fclose(f);
     if (!value)
         return tide_fail(err, -EBADMSG, "the manifest is damaged: line %d: %s", why.line, why.text);
     int r = manifest_parse(value, m, err);
@@ -461,14 +465,19 @@ static int write_tmp(int dir_fd, const struct manifest *m, struct tide_error *er
 {
     unlinkat(dir_fd, MANIFEST_TMP, 0);
     int fd = openat(dir_fd, MANIFEST_TMP, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd < 0)
-        return tide_fail(err, -errno, "cannot create '%s': %s", MANIFEST_TMP, tide_strerror(errno));
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "w"); /* jansson writes every token by itself */
+    if (!f) {
+        tide_fail(err, -errno, "cannot create '%s': %s", MANIFEST_TMP, tide_strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return err->code;
+    }
     json_t *value = manifest_format(m);
     errno = EIO;
-    int failed =
-        json_dumpfd(value, fd, JSON_COMPACT) < 0 || write(fd, "\n", 1) != 1 || fsync(fd) < 0;
+    bool failed = json_dumpf(value, f, JSON_COMPACT) < 0 || fputc('\n', f) == EOF ||
+                  fflush(f) != 0 || fsync(fd) < 0;
     int errnum = errno;
-    failed |= close(fd) < 0;
+    failed |= fclose(f) != 0;
     json_decref(value);
     if (!failed)
         return 0;

@@ -26,6 +26,7 @@
 struct claim {
     uint64_t off, end;
     bool by_guest;
+    bool ending; /* a worker's, about to end: its outcome is being noted, guests wait that long */
     TAILQ_ENTRY(claim) link;
 };
 

@@ -143,10 +143,10 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
 /* One granule, before a guest write touches it. */
 static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end)
 {
-    struct claim mine = {off, end, true, {NULL, NULL}};
+    struct claim mine = {.off = off, .end = end, .by_guest = true};
     struct claim *c;
     spin_lock(&b->lock);
-    while ((c = claim_at(b, off, end)) && c->by_guest)
+    while ((c = claim_at(b, off, end)) && (c->by_guest || c->ending))
         co_queue_wait(&b->claim_ended, &b->lock);
     bool mine_to_do = c ? !kept_after(b, c, off) : bitmap_test(b->todo, off);
     if (mine_to_do) {

@@ -104,15 +104,47 @@ static void spend_budget(struct backup *b, uint64_t len)
 
 /* ------------------------------------------------------------------ claims */
 
-/* The next unit of work, taken; false: there is none. */
-static bool take_unit(struct backup *b, struct claim *c)
+/* A unit is at most what an eighth of a second may copy. */
+static uint64_t unit_size(struct backup *b)
+{
+    uint64_t speed = atomic_load(&b->job.speed);
+    uint64_t most = speed ? MAX(round_down(speed / 8, b->granule), b->granule) : b->chunk;
+    return MIN(most, b->chunk);
+}
+
+/* The first run of `todo` in [from, end) that no guest write is just taking away: a guest claims first
+ * and clears the bit afterwards. Caller holds the lock. */
+static bool free_run(struct backup *b, uint64_t from, uint64_t end, uint64_t *off, uint64_t *len)
+{
+    struct claim *c;
+    while (bitmap_next_dirty(b->todo, from, end, off, len)) {
+        from = *off;
+        TAILQ_FOREACH (c, &b->claims, link) {
+            if (c->off <= *off && *off < c->end)
+                from = c->end;
+            else if (*off < c->off && c->off < *off + *len)
+                *len = c->off - *off;
+        }
+        if (from == *off)
+            return true;
+    }
+    return false;
+}
+
+enum take { TAKE_ONE, TAKE_LATER, TAKE_NONE };
+
+/* The next unit of work. LATER: another worker has used up the budget. */
+static enum take take_unit(struct backup *b, struct claim *c)
 {
     uint64_t off, len;
     spin_lock(&b->lock);
-    bool found = bitmap_next_dirty(b->todo, b->cursor, b->size, &off, &len) ||
-                 bitmap_next_dirty(b->todo, 0, b->cursor, &off, &len);
+    if (atomic_load(&b->job.speed) && b->budget_at > io_now(graph_io(b->graph))) {
+        spin_unlock(&b->lock);
+        return TAKE_LATER;
+    }
+    bool found = free_run(b, b->cursor, b->size, &off, &len) || free_run(b, 0, b->cursor, &off, &len);
     if (found) {
-        *c = (struct claim){.off = off, .end = off + MIN(len, b->chunk)};
+        *c = (struct claim){.off = off, .end = off + MIN(len, unit_size(b))};
         b->cursor = c->end;
         atomic_fetch_add(&b->n_claims, 1);
         TAILQ_INSERT_TAIL(&b->claims, c, link);
@@ -120,15 +152,22 @@ static bool take_unit(struct backup *b, struct claim *c)
     }
     spin_unlock(&b->lock);
     if (!found)
-        return false;
+        return TAKE_NONE;
     if (bitmap_unmark(b->todo, c->off, c->end - c->off, graph_retired(b->graph)) < 0)
         backup_break(b, -ENOMEM, "taking a block to copy");
-    return true;
+    return TAKE_ONE;
 }
 
+/* Has a guest write kept the old data of this granule, or is one just doing so? Caller holds the
+ * lock. */
 static bool is_kept(struct backup *b, const struct claim *c, uint64_t off)
 {
+    struct claim *g;
     struct kept *k;
+    TAILQ_FOREACH (g, &b->claims, link) {
+        if (g->by_guest && g->off == off)
+            return true;
+    }
     TAILQ_FOREACH (k, &b->spill, link) {
         if (k->after == c && k->off == off)
             return true;
@@ -141,25 +180,33 @@ static void progress(struct backup *b, uint64_t len)
     atomic_fetch_add(&b->job.current, len);
 }
 
+static void end_granule(struct backup *b, uint64_t off, uint64_t len, bool ok)
+{
+    if (!ok) {
+        bitmap_mark(b->todo, off, len, graph_retired(b->graph));
+        return;
+    }
+    if (bitmap_unmark(b->undone, off, len, graph_retired(b->graph)) < 0)
+        log_debug("backup", "no memory to note a copied block: it counts as not copied");
+    progress(b, len);
+}
+
 /* The unit is over. Granules whose old data a guest write has kept meanwhile are not ours any more:
- * the kept copy follows. What failed goes back to `todo`. */
+ * the kept copy follows. What failed goes back to `todo`. From `ending` on guests that meet the claim
+ * wait, so that none keeps a granule between our look and our note. */
 static void end_unit(struct backup *b, struct claim *c, bool ok)
 {
-    struct bitmap *bm = ok ? b->undone : b->todo;
+    bool kept[BACKUP_UNIT_MAX / BACKUP_GRANULE_MIN];
+    unsigned n = 0;
+    spin_lock(&b->lock);
+    c->ending = true;
+    for (uint64_t off = c->off; off < c->end; off += b->granule)
+        kept[n++] = is_kept(b, c, off);
+    spin_unlock(&b->lock);
+    n = 0;
     for (uint64_t off = c->off; off < c->end; off += b->granule) {
-        uint64_t len = MIN(b->granule, c->end - off);
-        spin_lock(&b->lock);
-        bool kept = is_kept(b, c, off);
-        spin_unlock(&b->lock);
-        if (kept)
-            continue;
-        if (!ok) {
-            bitmap_mark(bm, off, len, graph_retired(b->graph));
-        } else {
-            if (bitmap_unmark(bm, off, len, graph_retired(b->graph)) < 0)
-                log_debug("backup", "no memory to note a copied block: it counts as not copied");
-            progress(b, len);
-        }
+        if (!kept[n++])
+            end_granule(b, off, MIN(b->granule, c->end - off), ok);
     }
     backup_claim_end(b, c);
 }
@@ -233,8 +280,11 @@ void backup_worker(void *arg)
         if (backup_stopping(b) || job_wants_pause(&b->job))
             continue;
         root_enter(b->unit_root);
-        if (!take_unit(b, &c)) {
+        enum take t = take_unit(b, &c);
+        if (t != TAKE_ONE) {
             root_leave(b->unit_root);
+            if (t == TAKE_LATER)
+                continue;
             break;
         }
         int r = copy_unit(b, &c, &read);

@@ -200,7 +200,7 @@ static int answer_info(struct nbd_conn *c, struct question *q, struct answer *a)
     size_t len;
     uint16_t n, info;
     char buf[84];
-    bool want_name = false, want_description = false;
+    bool want_name = false;
     if (!take_string(q, &name, &len) || !take16(q, &n) || q->len != 2 * (size_t)n) {
         put_error(a, q->opt, NBD_REP_ERR_INVALID, "the option's lengths do not add up");
         return 0;
@@ -210,10 +210,8 @@ static int answer_info(struct nbd_conn *c, struct question *q, struct answer *a)
                   NBD_MAX_STRING);
         return 0;
     }
-    while (take16(q, &info)) {
+    while (take16(q, &info))
         want_name |= info == NBD_INFO_NAME;
-        want_description |= info == NBD_INFO_DESCRIPTION;
-    }
     struct nbd_export *e = nbd_export_find(c->srv, name, len);
     if (!e) {
         put_error(a, q->opt, NBD_REP_ERR_UNKNOWN, "there is no export '%s'", shown(name, len, buf));
@@ -221,7 +219,7 @@ static int answer_info(struct nbd_conn *c, struct question *q, struct answer *a)
     }
     if (want_name)
         put_info_text(a, q->opt, NBD_INFO_NAME, e->name);
-    if (want_description && e->description)
+    if (e->description)
         put_info_text(a, q->opt, NBD_INFO_DESCRIPTION, e->description);
     put_reply(a, q->opt, NBD_REP_INFO, 14);
     put16(a, NBD_INFO_BLOCK_SIZE);

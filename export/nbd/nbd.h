@@ -70,7 +70,7 @@ struct nbd_server {
     unsigned n_conns;
     unsigned next_loop;
     unsigned n_running; /* coroutines that are not connections: acceptor, watchdog */
-    bool held; /* clients wait in the backlog until nbd_server_release() */
+    bool held;          /* clients wait in the backlog until nbd_server_release() */
     bool stopping;
     struct nbd_conns conns;     /* in the order of their deadlines */
     struct nbd_exports exports; /* oldest first */
