@@ -35,6 +35,10 @@ static size_t append(char *buf, size_t size, size_t used, const char *fmt, va_li
     return strlen(buf);
 }
 
+/* For the analyzer these are macros. */
+#undef tide_fail
+#undef tide_fail_class
+
 static int fill(struct tide_error *err, enum tide_class class, int code, const char *fmt,
                 va_list ap)
 {

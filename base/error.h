@@ -28,6 +28,13 @@ int tide_fail(struct tide_error *err, int code, const char *fmt, ...)
 int tide_fail_class(struct tide_error *err, enum tide_class class, int code, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 
+/* clang's analyzer reads one file at a time: let it see that what is returned is `code`. */
+#ifdef __clang_analyzer__
+#define tide_fail(err, code, ...) (tide_fail(err, code, __VA_ARGS__), (code))
+#define tide_fail_class(err, class, code, ...) \
+    (tide_fail_class(err, class, code, __VA_ARGS__), (code))
+#endif
+
 /* Put words in front of the message that is there: "node 'disk0': " + msg. */
 void tide_error_prefix(struct tide_error *err, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));

@@ -5,15 +5,16 @@
  * 512 slots; the root is as long as the disk needs, and there are as many levels as keep it at 512
  * slots or fewer. A slot of level 0 stands for one page of bits, one of level n for 512^n pages:
  *
- *   0               all these bits are clear
- *   SLOT_ONES       all these bits are set, at any level. What the slot covers past the end of the
- *                   disk does not exist: whoever reads cuts at place.end, so the marker needs no
- * page and also serves the last page and the last tables, which are partial table           level >
- * 0. Put in by compare-and-swap, never shared, freed with the directory page            level 0.
- * Its owner is this slot: bits are set and cleared in place, atomically page | SHARED   level 0.
- * Slots of several directories own it, nobody writes to it page | SHARED | SLOT_ONES   all set; the
- * page is not looked at, its reference is the slot's still (memory was so short that not even the
- * note could be made that gives it back) */
+ *   0                all these bits are clear
+ *   SLOT_ONES        all these bits are set, at any level. What the slot covers past the end of the
+ *                    disk does not exist: whoever reads cuts at place.end, so the marker needs no
+ *                    page and also serves the last page and the last tables, which are partial
+ *   table            level > 0. Put in by compare-and-swap, never shared, freed with the directory
+ *   page             level 0. Its owner is this slot: bits are set and cleared in place, atomically
+ *   page | SHARED    level 0. Slots of several directories own it, nobody writes to it
+ *   page | SHARED | SLOT_ONES
+ *                    all set; the page is not looked at, its reference is the slot's still (memory
+ *                    was so short that not even the note could be made that gives it back) */
 #pragma once
 #include <stdalign.h>
 #include <stdatomic.h>

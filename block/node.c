@@ -315,7 +315,7 @@ int node_extent(struct node *n, uint64_t off, uint64_t len, struct extent *e)
 {
     if (!len || !range_in(off, len, n->size))
         return -EINVAL;
-    *e = (struct extent){.len = len, .data = true};
+    *e = (struct extent){.len = len, .data = true, .depth = 1};
     int r = n->ops->extent ? n->ops->extent(n, off, len, e) : 0;
     if (r == 0 && (e->len == 0 || e->len > len))
         e->len = len;
@@ -389,6 +389,11 @@ bool node_can_zero_fast(const struct node *n)
     if (n->ops->filter && n->n_children)
         return node_can_zero_fast(n->child[0]);
     return n->ops->zero != NULL;
+}
+
+struct node *node_filtered(const struct node *n)
+{
+    return n->ops->filter && n->n_children ? n->child[0] : NULL;
 }
 
 struct graph *node_graph(const struct node *n)

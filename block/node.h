@@ -29,6 +29,7 @@ struct extent {
     uint64_t len;
     bool data;      /* false: nothing is allocated here at any layer of this chain */
     bool zero;      /* reads as zero */
+    uint32_t depth; /* which layer of the chain decides it: 1 the node's own, 0 none */
 };
 
 #define NODE_FUA 1u       /* durable on return */
@@ -59,6 +60,8 @@ bool node_read_only(const struct node *n);
 uint32_t node_align(const struct node *n);
 /* Preferred copy unit: the cluster size of a format, else 0. */
 uint32_t node_cluster_size(const struct node *n);
+/* The node whose contents this one shows unchanged; NULL: it has its own. */
+struct node *node_filtered(const struct node *n);
 bool node_can_zero_fast(const struct node *n); /* node_zero is cheaper than writing zeroes */
 struct graph *node_graph(const struct node *n);
 struct io *graph_io(struct graph *g);

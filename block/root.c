@@ -325,11 +325,10 @@ static struct root *first_busy(struct quiesce *q)
 static co_fn int drain(struct quiesce *q, struct tide_error *err)
 {
     uint64_t deadline = q->since + q->graph->quiesce_timeout;
-    struct root *busy;
-    while ((busy = first_busy(q))) {
+    while (first_busy(q)) {
         if (io_event_wait(&q->graph->drained, deadline) == 0)
             continue;
-        busy = first_busy(q);
+        struct root *busy = first_busy(q);
         if (!busy)
             break;
         return tide_fail(err, -ETIMEDOUT,

@@ -260,7 +260,7 @@ static int file_extent(struct node *n, uint64_t off, uint64_t len, struct extent
     e->len = len;
     int r = io_extent(s->f, off, &e->len, &e->data);
     if (r < 0) {
-        *e = (struct extent){.len = len, .data = true}; /* unknown: call it data */
+        *e = (struct extent){.len = len, .data = true, .depth = 1}; /* unknown: call it data */
         return 0;
     }
     e->zero = !e->data;

@@ -381,16 +381,32 @@ static int check_bitmap(const struct export *e, const struct dirty_bitmap *b, st
     return 0;
 }
 
+/* A bare name is looked up on the exported node, then on what it shows unchanged (a raw node's file).
+ * The error speaks of the exported one. */
+static int find_by_name(struct node *n, const char *name, unsigned needs, struct dirty_bitmap **out,
+                        struct tide_error *err)
+{
+    struct tide_error ignored;
+    int r = dirty_bitmap_find(n, name, needs, out, err);
+    while (r == -ENOENT && (n = node_filtered(n))) {
+        r = dirty_bitmap_find(n, name, needs, out, &ignored);
+        if (r < 0 && r != -ENOENT)
+            *err = ignored;
+    }
+    return r;
+}
+
 static int add_bitmap(struct export *e, struct node *n,
                       const struct q_block_dirty_bitmap_or_str *ref, struct tide_error *err)
 {
     const unsigned needs = BITMAP_NOT_BUSY | BITMAP_CONSISTENT;
     bool by_name = ref->kind == Q_KIND_STRING;
     struct dirty_bitmap *b;
-    struct node *owner = n;
-    int r = by_name ? 0 : graph_find_err(e->x->graph, ref->object->node, &owner, err);
-    if (r == 0)
-        r = dirty_bitmap_find(owner, by_name ? ref->string : ref->object->name, needs, &b, err);
+    struct node *owner;
+    int r = by_name ? find_by_name(n, ref->string, needs, &b, err)
+                    : graph_find_err(e->x->graph, ref->object->node, &owner, err);
+    if (r == 0 && !by_name)
+        r = dirty_bitmap_find(owner, ref->object->name, needs, &b, err);
     if (r == 0)
         r = check_bitmap(e, b, n, err);
     if (r < 0)

@@ -230,17 +230,19 @@ static struct loop *pick_loop(struct backup *b)
     return io_loop(io, n > 1 ? 1 + sum % (n - 1) : 0);
 }
 
+/* n_running counts all of them before the first one starts: a spiller that runs ahead on its loop and
+ * sees no worker would take the work for done, and what guest writes keep would never be written. */
 static int start_workers(struct backup *b)
 {
     struct loop *l = pick_loop(b);
+    atomic_store(&b->n_running, b->n_workers + 1);
     int r = loop_spawn(l, backup_spiller, &b->worker[b->n_workers]);
     if (r < 0)
         return r;
     for (unsigned i = 0; i < b->n_workers; i++) {
-        atomic_fetch_add(&b->n_running, 1);
         r = loop_spawn(l, backup_worker, &b->worker[i]);
         if (r < 0) {
-            atomic_fetch_sub(&b->n_running, 1);
+            atomic_fetch_sub(&b->n_running, b->n_workers - i);
             backup_break(b, r, "starting workers");
             break;
         }
@@ -264,7 +266,6 @@ static co_fn int backup_run(struct job *j)
     root_open(b->spill_root);
     root_open(b->unit_root);
     look_at_target(b);
-    atomic_store(&b->n_running, 1); /* the spiller */
     int r = start_workers(b);
     if (r < 0)
         return r;
@@ -272,6 +273,7 @@ static co_fn int backup_run(struct job *j)
     r = atomic_load(&b->failure);
     if (r == 0 && job_cancelled(j))
         r = -ECANCELED;
+    assert(r < 0 || TAILQ_EMPTY(&b->spill));
     bool keeps_part = b->opts.bitmap && b->opts.bitmap_mode == BACKUP_ALWAYS;
     if (r == 0 || keeps_part) {
         int flushed = flush_target(b);
@@ -290,6 +292,7 @@ static void backup_kick(struct job *j)
     struct backup *b = (struct backup *)j;
     if (b->worker)
         backup_kick_all(b);
+    backup_wake_starving(b);
     backup_kick_main(b);
 }
 

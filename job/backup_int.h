@@ -35,6 +35,7 @@ struct kept {
     uint64_t off, len;
     void *buf;
     struct claim *after; /* a worker's claim that has to end first */
+    bool over;           /* a worker may have written something else there */
     TAILQ_ENTRY(kept) link;
 };
 
@@ -73,6 +74,8 @@ struct backup {
     uint64_t spill_bytes; /* in memory now */
     uint64_t n_waits;     /* guest writes that had to wait for memory */
     uint64_t budget_at;   /* rate limit: when the next byte may go */
+    uint64_t budget_speed; /* the speed for which that was reckoned */
+    _Atomic bool returned; /* a failed unit went back to `todo` */
 
     _Atomic bool failed; /* stop: an error was reported */
     _Atomic int failure; /* -errno */
@@ -92,3 +95,4 @@ void backup_before_write(struct node_hook *h, uint64_t off, uint64_t len);
 /* An error that no policy can help: the job fails, guests go on. Any loop. */
 void backup_break(struct backup *b, int error, const char *why);
 void backup_claim_end(struct backup *b, struct claim *c);
+void backup_wake_starving(struct backup *b);

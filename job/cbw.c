@@ -2,7 +2,8 @@
 /* Copy before write: what happens to a guest write while a backup runs (states: backup_int.h).
  *
  * The quick answer for a write that concerns nothing any more reads `todo` and then n_claims; who
- * claims raises n_claims first and clears `todo` after (both seq_cst), so one of the two shows it. */
+ * claims raises n_claims first and clears `todo` after (both seq_cst), so one of the two shows it. Only
+ * a unit that failed sets bits of `todo` again; `returned` says so before, and ends the quick way. */
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
@@ -59,21 +60,26 @@ void backup_break(struct backup *b, int error, const char *why)
         log_warn("backup", "job '%s': %s: %s; guests go on", b->job.id, why, tide_strerror(-error));
         atomic_store(&b->failed, true);
         backup_kick_all(b);
+        backup_wake_starving(b);
         backup_kick_main(b);
-        spin_lock(&b->lock);
-        struct starving *s;
-        TAILQ_FOREACH (s, &b->starving, link)
-            io_event_set(&s->event);
-        spin_unlock(&b->lock);
     }
 }
 
-/* Room for one granule of old data. False: none in time, or the job has failed meanwhile. */
+void backup_wake_starving(struct backup *b)
+{
+    struct starving *s;
+    spin_lock(&b->lock);
+    TAILQ_FOREACH (s, &b->starving, link)
+        io_event_set(&s->event);
+    spin_unlock(&b->lock);
+}
+
+/* Room for one granule of old data. False: none in time, or the job is about to end. */
 static co_fn bool get_room(struct backup *b, uint64_t len)
 {
     uint64_t deadline = 0;
     spin_lock(&b->lock);
-    while (b->spill_bytes + len > BACKUP_SPILL_MAX && !atomic_load(&b->failed)) {
+    while (b->spill_bytes + len > BACKUP_SPILL_MAX && !backup_stopping(b)) {
         struct starving me = {.event = IO_EVENT_INIT};
         if (!deadline) {
             deadline = io_now(graph_io(b->graph)) + BACKUP_SPILL_WAIT;
@@ -87,7 +93,7 @@ static co_fn bool get_room(struct backup *b, uint64_t len)
         if (r < 0)
             break;
     }
-    bool ok = b->spill_bytes + len <= BACKUP_SPILL_MAX && !atomic_load(&b->failed);
+    bool ok = b->spill_bytes + len <= BACKUP_SPILL_MAX && !backup_stopping(b);
     if (ok)
         b->spill_bytes += len;
     spin_unlock(&b->lock);
@@ -120,7 +126,7 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
             give_room(b, len);
     }
     if (r == 0) {
-        *k = (struct kept){.off = off, .len = len, .buf = k->buf};
+        *k = (struct kept){.off = off, .len = len, .buf = k->buf, .over = after != NULL};
         spin_lock(&b->lock);
         /* The worker may have ended while we read; then nothing has to be waited for. */
         struct claim *c;
@@ -136,6 +142,8 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
     if (k && k->buf)
         io_buf_put(k->buf, len);
     mem_free(k);
+    if (backup_stopping(b))
+        return;
     backup_break(b, r == -EAGAIN ? -ENOSPC : r,
                  r == -EAGAIN ? "no memory left for old data" : "reading old data for a guest write");
 }
@@ -169,10 +177,10 @@ void backup_before_write(struct node_hook *h, uint64_t off, uint64_t len)
     struct backup *b = (struct backup *)((char *)h - offsetof(struct backup, hook));
     uint64_t end = MIN(round_up(off + len, b->granule), b->size);
     off = round_down(off, b->granule);
-    while (off < end && !atomic_load(&b->failed)) {
+    while (off < end && !backup_stopping(b)) {
         uint64_t run, n;
         bool dirty = bitmap_next_dirty(b->todo, off, end, &run, &n);
-        if (!atomic_load(&b->n_claims)) {
+        if (!atomic_load(&b->n_claims) && !atomic_load(&b->returned)) {
             if (!dirty)
                 return;
             off = round_down(run, b->granule);

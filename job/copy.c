@@ -86,6 +86,10 @@ static co_fn void wait_for_budget(struct worker *w)
     struct backup *b = w->backup;
     while (atomic_load(&b->job.speed) && !backup_stopping(b) && !job_wants_pause(&b->job)) {
         spin_lock(&b->lock);
+        if (b->budget_speed != atomic_load(&b->job.speed)) { /* a new speed owes nothing */
+            b->budget_speed = atomic_load(&b->job.speed);
+            b->budget_at = 0;
+        }
         uint64_t at = b->budget_at;
         spin_unlock(&b->lock);
         if (at <= io_now(graph_io(b->graph)))
@@ -200,6 +204,8 @@ static void end_unit(struct backup *b, struct claim *c, bool ok)
     unsigned n = 0;
     spin_lock(&b->lock);
     c->ending = true;
+    if (!ok)
+        atomic_store(&b->returned, true);
     for (uint64_t off = c->off; off < c->end; off += b->granule)
         kept[n++] = is_kept(b, c, off);
     spin_unlock(&b->lock);
@@ -218,12 +224,13 @@ static bool all_zero(const char *p, uint64_t len)
     return !p[0] && !memcmp(p, p + 1, len - 1);
 }
 
-static co_fn int write_target(struct backup *b, void *buf, uint64_t off, uint64_t len)
+/* `blank`: nobody has written there since the job began. */
+static co_fn int write_target(struct backup *b, void *buf, uint64_t off, uint64_t len, bool blank)
 {
     struct iovec one = {buf, len};
     if (!all_zero(buf, len))
         return node_pwritev(b->opts.target, &one, 1, off, len, 0);
-    if (b->target_is_zero)
+    if (b->target_is_zero && blank)
         return 0;
     return node_zero(b->opts.target, off, len, NODE_UNMAP);
 }
@@ -244,7 +251,7 @@ static co_fn int copy_data(struct backup *b, uint64_t off, uint64_t len, bool *r
     int r = node_preadv(b->opts.source, &one, 1, off, len);
     *read = r < 0;
     if (r == 0)
-        r = write_target(b, buf, off, len);
+        r = write_target(b, buf, off, len, true);
     io_buf_put(buf, len);
     return r;
 }
@@ -331,7 +338,7 @@ static co_fn void spill_one(struct worker *w, struct kept *k)
 {
     struct backup *b = w->backup;
     root_enter(b->spill_root);
-    int r = write_target(b, k->buf, k->off, k->len);
+    int r = write_target(b, k->buf, k->off, k->len, !k->over);
     if (r == 0 && bitmap_unmark(b->undone, k->off, k->len, graph_retired(b->graph)) < 0)
         log_debug("backup", "no memory to note a copied block: it counts as not copied");
     root_leave(b->spill_root);

@@ -75,7 +75,7 @@ class Qmp:
         self.send(obj)
         return self.reply()
 
-    def cmd(self, name, arguments=None, **kw):
+    def cmd(self, name, arguments=None, /, **kw):
         """Run a command; the return value, or QmpError. Keywords: _ stands for -."""
         args = dict(arguments or {})
         args.update({k.replace('_', '-'): v for k, v in kw.items()})
@@ -84,7 +84,7 @@ class Qmp:
             raise QmpError(m['error'])
         return m['return']
 
-    def event(self, name, **data):
+    def event(self, name, /, **data):
         """The next event of that name whose data has these members; others stay in .events."""
         def fits(e):
             return e['event'] == name and all(
@@ -206,7 +206,7 @@ class Daemon:
 
     # ---- short hands
 
-    def cmd(self, name, arguments=None, **kw):
+    def cmd(self, name, arguments=None, /, **kw):
         return self.qmp.cmd(name, arguments, **kw)
 
     def path(self, name):

@@ -2,7 +2,7 @@
 /* Metadata contexts.
  *
  *   id 0      base:allocation             HOLE where nothing is allocated, ZERO where it reads as
- * zero id 1      qemu:allocation-depth       0 where nothing is allocated, else 1; if the export
+ * zero id 1      qemu:allocation-depth       the layer that decides (1: the node itself); if the export
  * offers it id 2 + i  qemu:dirty-bitmap:NAME      DIRTY, from the export's i-th bitmap
  *
  * A client lists by exact name or by family ("base:", "qemu:", "qemu:dirty-bitmap:") and chooses by
@@ -160,7 +160,7 @@ static bool rest(struct status *st)
 static uint32_t extent_flags(const struct extent *e, unsigned id)
 {
     if (id == NBD_CONTEXT_DEPTH)
-        return e->data;
+        return e->depth;
     return (e->data ? 0 : NBD_STATE_HOLE) | (e->zero ? NBD_STATE_ZERO : 0);
 }
 

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Guests: NBD clients on random loops that write all the time, and the log of all they did.
+ *
+ * Each 512-byte sector of a disk belongs to one guest (`stripe` sectors in turn), which has at most one
+ * request under way there. So the writes of a sector have an order, and what a reader may see at any
+ * tick is known: every write fills its sectors with its own stamp, zero writes with 0. Sectors of one
+ * copy unit, bitmap granule or O_DIRECT block still belong to different guests. */
+#pragma once
+#include "nbd.h"
+
+struct wr {
+    unsigned disk, guest;
+    uint64_t off, len;
+    uint64_t stamp;       /* 0: zeroes */
+    uint64_t sent, acked; /* ticks; acked FOREVER: no answer yet */
+    bool marks;           /* sets dirty bits */
+    bool fua, failed, trim;
+};
+struct fl {
+    unsigned disk;
+    uint64_t sent, acked;
+};
+
+struct disk {
+    char node[16], file[16];
+    uint64_t size;
+    unsigned stripe; /* sectors */
+    bool unmap;      /* discard=unmap */
+    bool direct;
+    bool may_fail;       /* errors of guests are allowed */
+    uint64_t *now;       /* for each sector the stamp a reader sees when nothing is under way */
+    bool *vague;         /* a write here failed: unknown */
+    uint64_t worst_ns;   /* longest wait of a guest since it was last set to 0 */
+    uint64_t limit_ns;   /* CHECKed; 0 = none */
+    uint64_t n_done;     /* requests answered */
+};
+#define MAX_DISKS 4u
+
+struct guest {
+    struct crowd *crowd;
+    unsigned disk, number, n_on_disk; /* number: of this disk */
+    unsigned depth;
+    uint64_t think_ns;
+    uint64_t left; /* requests to make; FOREVER: until the crowd stops */
+    bool structured;
+    struct nbd_client nbd;
+    struct guest_op {
+        size_t entry; /* of the log: write, flush */
+        uint64_t began;
+    } op[NBD_DEPTH];
+};
+#define MAX_GUESTS 12u
+
+struct crowd {
+    struct world *w;
+    struct disk disk[MAX_DISKS];
+    unsigned n_disks;
+    struct guest guest[MAX_GUESTS];
+    unsigned n_guests;
+    struct wr *wr;
+    size_t n_wr, cap_wr;
+    struct fl *fl;
+    size_t n_fl, cap_fl;
+    bool held, stop;
+    unsigned n_idle, n_gone;
+    struct spin lock;
+    struct co_queue resume, idle;
+};
+
+/* Before the life: makes the file, filled with stamps of its own in places. */
+struct disk *crowd_add_disk(struct crowd *c, const char *node, const char *file, uint64_t size);
+/* In the life: the node, and a writable export of it for each guest, each on an iothread of its own. */
+co_fn void crowd_open_disk(struct crowd *c, unsigned disk, unsigned n_guests);
+void crowd_start(struct crowd *c);
+/* Returns when no guest has a request under way; until release none makes one. */
+co_fn void crowd_hold(struct crowd *c);
+void crowd_release(struct crowd *c);
+/* Ends all guests: nothing of them is under way on return. */
+co_fn void crowd_end(struct crowd *c);
+void crowd_free(struct crowd *c);
+
+/* A file against the log: each sector shows what `disk` showed at some instant between tick `q` and
+ * tick `r`, whole. `who` is for the message. */
+void crowd_check_file(struct crowd *c, unsigned disk, const char *file, uint64_t q, uint64_t r,
+                      const char *who);
+/* After a power cut: each sector of the disk shows its last durable write or a later one.
+ * `nothing_lost`: every answered write counts as durable. */
+void crowd_check_survivors(struct crowd *c, unsigned disk, bool nothing_lost);
+/* For after_cut(): serves the disk, reads all of it through NBD, compares with the file. */
+co_fn void crowd_check_served(struct crowd *c, unsigned disk);
