@@ -67,13 +67,14 @@ struct mark_set {
 
 struct node {
     char name[NODE_NAME_MAX + 1];
-    bool named; /* blockdev-add gave it; the monitor owns it */
+    bool owned;  /* made by blockdev-add itself: the monitor owns it, it outlives its parents */
+    bool opened; /* until then nobody finds it, and its name is taken all the same */
     const struct driver_ops *ops;
     void *state;
     struct graph *graph;
     uint64_t size;
     uint32_t align, cluster;
-    bool read_only, discard_unmap, no_flush, direct, force_share;
+    bool read_only, auto_read_only, discard_unmap, no_flush, direct, force_share;
     int detect_zeroes; /* enum q_blockdev_detect_zeroes_options */
     char *filename;    /* for people and queries; NULL: none */
 

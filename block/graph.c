@@ -83,7 +83,7 @@ struct io *graph_io(struct graph *g)
     return g->io;
 }
 
-struct node *graph_find(struct graph *g, const char *name)
+static struct node *find_any(struct graph *g, const char *name)
 {
     struct node *n;
     TAILQ_FOREACH (n, &g->nodes, link) {
@@ -91,6 +91,12 @@ struct node *graph_find(struct graph *g, const char *name)
             return n;
     }
     return NULL;
+}
+
+struct node *graph_find(struct graph *g, const char *name)
+{
+    struct node *n = find_any(g, name);
+    return n && n->opened ? n : NULL;
 }
 
 int graph_find_err(struct graph *g, const char *name, struct node **out, struct tide_error *err)
@@ -102,8 +108,10 @@ int graph_find_err(struct graph *g, const char *name, struct node **out, struct 
 void graph_each(struct graph *g, void (*fn)(void *, struct node *), void *arg)
 {
     struct node *n;
-    TAILQ_FOREACH (n, &g->nodes, link)
-        fn(arg, n);
+    TAILQ_FOREACH (n, &g->nodes, link) {
+        if (n->opened)
+            fn(arg, n);
+    }
 }
 
 bool node_reaches(const struct node *from, const struct node *to)
@@ -202,10 +210,9 @@ static int take_name(struct graph *g, struct node *n, const char *name, struct t
         return tide_fail(err, -EINVAL,
                          "node-name '%s' is not valid: a letter, then letters, digits, '-', '.', '_'",
                          name);
-    if (graph_find(g, name))
+    if (find_any(g, name))
         return tide_fail(err, -EEXIST, "node-name '%s' is in use already", name);
     strcpy(n->name, name);
-    n->named = true;
     return 0;
 }
 
@@ -218,15 +225,21 @@ static const struct driver_ops *driver_find(const char *name)
     return NULL;
 }
 
-static int take_options(struct node *n, const struct q_blockdev_options *o, struct tide_error *err)
+/* A node described inside another's options (`parent`, else NULL) takes from it what it does not say
+ * itself; discards it passes on, for the parent has decided about them. */
+static int take_options(struct node *n, const struct q_blockdev_options *o, const struct node *parent,
+                        struct tide_error *err)
 {
-    n->read_only = o->has_read_only && o->read_only;
-    n->force_share = o->has_force_share && o->force_share;
-    n->discard_unmap = o->has_discard && o->discard == Q_BLOCKDEV_DISCARD_OPTIONS_UNMAP;
+    const struct q_blockdev_cache_options *cache = o->cache;
+    n->read_only = o->has_read_only ? o->read_only : parent && parent->read_only;
+    n->auto_read_only = o->has_auto_read_only ? o->auto_read_only : parent && parent->auto_read_only;
+    n->force_share = o->has_force_share ? o->force_share : parent && parent->force_share;
+    n->discard_unmap =
+        o->has_discard ? o->discard == Q_BLOCKDEV_DISCARD_OPTIONS_UNMAP : parent != NULL;
     n->detect_zeroes =
         o->has_detect_zeroes ? (int)o->detect_zeroes : Q_BLOCKDEV_DETECT_ZEROES_OPTIONS_OFF;
-    n->no_flush = o->cache && o->cache->has_no_flush && o->cache->no_flush;
-    n->direct = o->cache && o->cache->has_direct && o->cache->direct;
+    n->no_flush = cache && cache->has_no_flush ? cache->no_flush : parent && parent->no_flush;
+    n->direct = cache && cache->has_direct ? cache->direct : parent && parent->direct;
     if (n->detect_zeroes == Q_BLOCKDEV_DETECT_ZEROES_OPTIONS_UNMAP && !n->discard_unmap)
         return tide_fail(err, -EINVAL, "detect-zeroes=unmap needs discard=unmap on the same node");
     if (n->force_share && !n->read_only)
@@ -234,7 +247,7 @@ static int take_options(struct node *n, const struct q_blockdev_options *o, stru
     return 0;
 }
 
-/* Take the node out of the graph and free it; children that nobody named go with it. */
+/* Take the node out of the graph and free it; children that were described inside it go with it. */
 static co_fn void node_destroy(struct node *n)
 {
     struct graph *g = n->graph;
@@ -251,7 +264,7 @@ static co_fn void node_destroy(struct node *n)
         struct node *c = n->child[0];
         struct tide_error ignored;
         unlink_child(n, 0);
-        if (!c->named && !c->n_parents && !c->n_roots)
+        if (!c->owned && !c->n_parents && !c->n_roots)
             node_destroy(c);
         else
             node_update_perm(c, &ignored); /* gives up locks: cannot be refused */
@@ -289,8 +302,8 @@ static struct node *node_alloc(struct graph *g, const struct driver_ops *ops)
     return n;
 }
 
-static co_fn int node_open(struct graph *g, const struct q_blockdev_options *o, struct node **out,
-                           struct tide_error *err)
+static co_fn int node_open(struct graph *g, const struct q_blockdev_options *o,
+                           const struct node *parent, struct node **out, struct tide_error *err)
 {
     const char *driver = q_blockdev_driver_names[o->driver];
     const struct driver_ops *ops = driver_find(driver);
@@ -301,7 +314,7 @@ static co_fn int node_open(struct graph *g, const struct q_blockdev_options *o, 
         return tide_fail(err, -ENOMEM, "no memory for node '%s'", o->node_name ? o->node_name : "");
     int r = take_name(g, n, o->node_name, err);
     if (r == 0)
-        r = take_options(n, o, err);
+        r = take_options(n, o, parent, err);
     if (r == 0) {
         n->ops = ops;
         r = ops->open(n, o, err);
@@ -312,6 +325,9 @@ static co_fn int node_open(struct graph *g, const struct q_blockdev_options *o, 
         destroy_unseen(n);
         return r;
     }
+    n->opened = true;
+    TAILQ_REMOVE(&g->nodes, n, link); /* its children were opened meanwhile; it is newer than they */
+    TAILQ_INSERT_HEAD(&g->nodes, n, link);
     *out = n;
     return 0;
 }
@@ -321,13 +337,10 @@ int node_open_child(struct node *n, const char *role, const struct q_blockdev_re
 {
     struct node *c;
     int r;
-    if (ref->kind == Q_KIND_STRING) {
+    if (ref->kind == Q_KIND_STRING)
         r = graph_find_err(n->graph, ref->string, &c, err);
-    } else {
-        r = node_open(n->graph, ref->object, &c, err);
-        if (r == 0 && !ref->object->has_read_only)
-            c->read_only |= n->read_only;
-    }
+    else
+        r = node_open(n->graph, ref->object, n, &c, err);
     if (r < 0)
         return r;
     r = link_child(n, role, c);
@@ -336,9 +349,10 @@ int node_open_child(struct node *n, const char *role, const struct q_blockdev_re
             destroy_unseen(c);
         return tide_fail(err, r, "no memory for node '%s'", n->name);
     }
-    if (c->read_only && !n->read_only)
+    /* A filter writes nothing of its own: who wants to write through it is refused (root.c). */
+    if (c->read_only && !n->read_only && !n->ops->filter)
         return tide_fail(err, -EACCES, "node '%s' is read-only: open '%s' with read-only=on", c->name,
-                         n->named ? n->name : n->ops->name);
+                         n->name);
     return 0;
 }
 
@@ -347,7 +361,10 @@ int graph_add(struct graph *g, const struct q_blockdev_options *opts, struct nod
 {
     if (!opts->node_name)
         return tide_fail(err, -EINVAL, "'node-name' is missing: a node at the top needs one");
-    return node_open(g, opts, out, err);
+    int r = node_open(g, opts, NULL, out, err);
+    if (r == 0)
+        (*out)->owned = true;
+    return r;
 }
 
 /* ------------------------------------------------------------------ closing */
@@ -373,7 +390,7 @@ int graph_del(struct graph *g, const char *name, struct tide_error *err)
 {
     struct node *n;
     int r = graph_find_err(g, name, &n, err);
-    if (r == 0 && !n->named)
+    if (r == 0 && !n->owned)
         r = tide_fail(err, -EPERM, "node '%s' was made with its parent and goes with it", name);
     if (r == 0)
         r = check_unused(n, err);

@@ -146,18 +146,35 @@ struct root *root_next(struct root *r)
     return TAILQ_NEXT(r, link);
 }
 
-/* Writes through one root must not slip past a tracker or a job further up. */
-static const struct node *watched_above(const struct node *n)
+/* Writes through one root must not slip past a tracker or a job further up: not those to its node and
+ * not those that arrive, through `writer`, at a node `n` below it that stands under others too. */
+static const struct node *watched_above(const struct node *writer, const struct node *n)
 {
     for (unsigned i = 0; i < n->n_parents; i++) {
         const struct node *p = n->parents[i];
-        if (p->bitmaps || p->hooks)
+        if ((p->bitmaps || p->hooks) && !node_reaches(writer, p))
             return p;
-        p = watched_above(p);
+        p = watched_above(writer, p);
         if (p)
             return p;
     }
     return NULL;
+}
+
+static const struct node *watched_beside(const struct node *writer, const struct node *n)
+{
+    const struct node *p = watched_above(writer, n);
+    for (unsigned i = 0; i < n->n_children && !p; i++)
+        p = watched_beside(writer, n->child[i]);
+    return p;
+}
+
+static const struct node *read_only_below(const struct node *n)
+{
+    const struct node *found = n->read_only ? n : NULL;
+    for (unsigned i = 0; i < n->n_children && n->ops->filter && !found; i++)
+        found = read_only_below(n->child[i]);
+    return found;
 }
 
 /* Another user's root that stands against `perm`: it writes and we want to be alone, or reversed. */
@@ -176,19 +193,33 @@ static int check_perm(struct node *n, unsigned perm, const char *what, struct ti
 {
     if (!(perm & ROOT_WRITE))
         return 0;
-    if (n->read_only)
-        return tide_fail(err, -EACCES, "node '%s' is read-only: %s cannot write to it", n->name, what);
+    const struct node *fixed = read_only_below(n);
+    if (fixed)
+        return tide_fail(err, -EACCES, "node '%s' is read-only: %s cannot write to it", fixed->name,
+                         what);
     const struct root *r = rival(n, perm, what);
     if (r)
         return tide_fail(err, -EBUSY, "%s cannot write to node '%s': it is in use by %s", what, n->name,
                          r->what);
-    const struct node *above = watched_above(n);
+    const struct node *above = watched_beside(n, n);
     if (above)
         return tide_fail(err, -EPERM,
-                         "%s cannot write to node '%s': node '%s' above it has bitmaps or a job that "
-                         "would miss the changes; use '%s'",
+                         "%s cannot write to node '%s': node '%s' has bitmaps or a job that would miss "
+                         "the changes; use '%s'",
                          what, n->name, above->name, above->name);
     return 0;
+}
+
+/* Do writes to `writer` arrive at something below `n`? */
+static bool writes_below(const struct node *writer, const struct node *n)
+{
+    if (node_reaches(n, writer))
+        return true;
+    for (unsigned i = 0; i < writer->n_children; i++) {
+        if (writes_below(writer->child[i], n))
+            return true;
+    }
+    return false;
 }
 
 int node_check_watch(const struct node *n, struct tide_error *err)
@@ -196,9 +227,10 @@ int node_check_watch(const struct node *n, struct tide_error *err)
     struct root *r;
     TAILQ_FOREACH (r, &n->graph->roots, link) {
         for (unsigned i = 0; i < r->n_nodes; i++) {
-            if ((r->perm[i] & ROOT_WRITE) && r->node[i] != n && node_reaches(n, r->node[i]))
+            if ((r->perm[i] & ROOT_WRITE) && !node_reaches(r->node[i], n) &&
+                writes_below(r->node[i], n))
                 return tide_fail(err, -EPERM,
-                                 "node '%s' cannot be tracked: %s writes to node '%s' below it", n->name,
+                                 "node '%s' cannot be tracked: %s writes to node '%s', past it", n->name,
                                  r->what, r->node[i]->name);
         }
     }

@@ -45,12 +45,12 @@ static int check_kind(struct node *n, const struct io_stat *st, bool device, str
     return 0;
 }
 
-static int open_path(struct node *n, bool auto_read_only, struct tide_error *err)
+static int open_path(struct node *n, struct tide_error *err)
 {
     struct file *s = n->state;
     int direct = n->direct ? O_DIRECT : 0;
     int r = io_open(n->filename, (n->read_only ? O_RDONLY : O_RDWR) | direct, 0, &s->f);
-    if ((r == -EACCES || r == -EROFS || r == -EPERM) && !n->read_only && auto_read_only) {
+    if ((r == -EACCES || r == -EROFS || r == -EPERM) && !n->read_only && n->auto_read_only) {
         n->read_only = true;
         r = io_open(n->filename, O_RDONLY | direct, 0, &s->f);
     }
@@ -65,7 +65,7 @@ static int open_path(struct node *n, bool auto_read_only, struct tide_error *err
 
 struct file_options {
     const char *filename;
-    bool device, auto_read_only, locking;
+    bool device, locking;
 };
 
 static int file_open_with(struct node *n, const struct file_options *o, struct tide_error *err)
@@ -78,7 +78,7 @@ static int file_open_with(struct node *n, const struct file_options *o, struct t
         return tide_fail(err, -ENOMEM, "no memory for node '%s'", node_name(n));
     if (!o->filename[0])
         return tide_fail(err, -EINVAL, "'filename' of node '%s' is empty", node_name(n));
-    int r = open_path(n, o->auto_read_only, err);
+    int r = open_path(n, err);
     if (r < 0)
         return r;
     r = io_fstat(s->f, &st);
@@ -101,7 +101,7 @@ static int file_open(struct node *n, const struct q_blockdev_options *o, struct 
     return file_open_with(
         n,
         &(struct file_options){
-            f->filename, false, o->has_auto_read_only && o->auto_read_only,
+            f->filename, false,
             !n->force_share && !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
         err);
 }
@@ -115,7 +115,7 @@ static int host_device_open(struct node *n, const struct q_blockdev_options *o,
     return file_open_with(
         n,
         &(struct file_options){
-            f->filename, true, o->has_auto_read_only && o->auto_read_only,
+            f->filename, true,
             !n->force_share && !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
         err);
 }

@@ -3,7 +3,16 @@
  *
  * A buffer goes to the pool of the loop that frees it, so neither side takes a lock; a loop that
  * only frees what others get holds at most POOL_BYTES. Threads that are no loop, and sizes above
- * the largest class, go to the allocator. A free buffer holds its link in its first bytes. */
+ * the largest class, go to the allocator. A free buffer holds its link in its first bytes.
+ *
+ * A loop may have a *region* (buf_region_start), whose memory its engine knows in advance: I/O with
+ * it costs less. It is a range of addresses, cut into slabs. A slab is given to one class when that
+ * class runs out of buffers, and only then told to the engine and filled with memory. A buffer of a
+ * region always goes back to it, through a lock-free stack when another loop frees it. */
+#include <assert.h>
+#include <errno.h>
+#include <sys/mman.h>
+
 #include "base/bytes.h"
 #include "base/mem.h"
 #include "io/loop.h"
@@ -13,10 +22,23 @@ enum {
     LARGEST_SHIFT = 21,
     N_CLASSES = LARGEST_SHIFT - PAGE_SHIFT + 1,
     POOL_BYTES = 16 << 20, /* most that one loop keeps */
+    /* One class must not take the whole region: connections hold buffers that no file sees. */
+    CLASS_SLABS = BUF_REGION_SLABS * 3 / 8,
 };
 
 struct free_buf {
     struct free_buf *next;
+};
+
+/* Own loop only, but for `remote` and what never changes. */
+struct buf_region {
+    char *base;
+    int (*add)(struct loop *, unsigned slab, void *base, size_t len);
+    unsigned n_slabs, max_slabs;
+    unsigned char slab_class[BUF_REGION_SLABS];
+    unsigned class_slabs[N_CLASSES];
+    struct free_buf *free[N_CLASSES];
+    _Atomic(struct free_buf *) remote; /* freed by other loops */
 };
 
 struct io_buf_pool {
@@ -38,10 +60,136 @@ static size_t class_size(unsigned c)
     return (size_t)1 << (PAGE_SHIFT + c);
 }
 
+/* ------------------------------------------------------------------ regions */
+
+static bool in_region(const struct buf_region *r, const void *p)
+{
+    return (uintptr_t)p - (uintptr_t)r->base < (size_t)BUF_REGION_SLABS * BUF_SLAB_BYTES;
+}
+
+static unsigned slab_of(const struct buf_region *r, const void *p)
+{
+    return ((uintptr_t)p - (uintptr_t)r->base) / BUF_SLAB_BYTES;
+}
+
+int buf_region_slab(struct loop *l, const void *p, size_t len)
+{
+    struct buf_region *r = atomic_load_explicit(&l->region, memory_order_relaxed);
+    if (!r || !in_region(r, p) || len > BUF_SLAB_BYTES)
+        return -1;
+    unsigned slab = slab_of(r, p);
+    bool inside = len && slab < r->n_slabs && slab_of(r, (const char *)p + len - 1) == slab;
+    return inside ? (int)slab : -1;
+}
+
+int buf_region_start(struct loop *l,
+                     int (*add)(struct loop *, unsigned slab, void *base, size_t len))
+{
+    assert(l == loop_self() && !l->region);
+    struct buf_region *r = mem_zalloc(sizeof *r);
+    if (!r)
+        return -ENOMEM;
+    /* Only addresses: memory comes with add(). */
+    r->base = mmap(NULL, (size_t)BUF_REGION_SLABS * BUF_SLAB_BYTES, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (r->base == MAP_FAILED) {
+        mem_free(r);
+        return -ENOMEM;
+    }
+    r->add = add;
+    r->max_slabs = BUF_REGION_SLABS;
+    atomic_store_explicit(&l->region, r, memory_order_release);
+    return 0;
+}
+
+static void region_push(struct buf_region *r, void *buf)
+{
+    struct free_buf *b = buf;
+    unsigned c = r->slab_class[slab_of(r, buf)];
+    b->next = r->free[c];
+    r->free[c] = b;
+}
+
+/* One more slab, for class `c`. */
+static void region_grow(struct loop *l, struct buf_region *r, unsigned c)
+{
+    if (r->n_slabs >= r->max_slabs || r->class_slabs[c] >= CLASS_SLABS)
+        return;
+    char *slab = r->base + (size_t)r->n_slabs * BUF_SLAB_BYTES;
+    if (r->add(l, r->n_slabs, slab, BUF_SLAB_BYTES) < 0) {
+        r->max_slabs = r->n_slabs; /* no more memory may be pinned: go on with what we have */
+        return;
+    }
+    r->slab_class[r->n_slabs++] = c;
+    r->class_slabs[c]++;
+    for (size_t at = BUF_SLAB_BYTES; at; at -= class_size(c))
+        region_push(r, slab + at - class_size(c));
+}
+
+static void *region_get(struct loop *l, struct buf_region *r, unsigned c)
+{
+    if (class_size(c) > BUF_SLAB_BYTES)
+        return NULL;
+    if (!r->free[c] && atomic_load_explicit(&r->remote, memory_order_relaxed)) {
+        struct free_buf *b = atomic_exchange_explicit(&r->remote, NULL, memory_order_acquire);
+        while (b) {
+            struct free_buf *next = b->next;
+            region_push(r, b);
+            b = next;
+        }
+    }
+    if (!r->free[c])
+        region_grow(l, r, c);
+    struct free_buf *b = r->free[c];
+    if (b)
+        r->free[c] = b->next;
+    return b;
+}
+
+/* False: it is of no region. */
+static bool region_put(struct loop *l, void *buf)
+{
+    struct buf_region *r = atomic_load_explicit(&l->region, memory_order_relaxed);
+    if (r && in_region(r, buf)) {
+        region_push(r, buf);
+        return true;
+    }
+    for (unsigned i = 0; i < l->io->n_loops; i++) {
+        r = atomic_load_explicit(&l->io->loops[i]->region, memory_order_acquire);
+        if (!r || !in_region(r, buf))
+            continue;
+        struct free_buf *b = buf, *head = atomic_load_explicit(&r->remote, memory_order_relaxed);
+        do
+            b->next = head;
+        while (!atomic_compare_exchange_weak_explicit(&r->remote, &head, b, memory_order_release,
+                                                      memory_order_relaxed));
+        return true;
+    }
+    return false;
+}
+
+static void region_free(struct loop *l)
+{
+    struct buf_region *r = l->region;
+    if (!r)
+        return;
+    munmap(r->base, (size_t)BUF_REGION_SLABS * BUF_SLAB_BYTES);
+    mem_free(r);
+    l->region = NULL;
+}
+
+/* ------------------------------------------------------------------ getting and putting */
+
 void *io_buf_get(size_t len)
 {
     unsigned c = class_of(len);
     struct loop *l = loop_self();
+    struct buf_region *r = l ? atomic_load_explicit(&l->region, memory_order_relaxed) : NULL;
+    if (r && c < N_CLASSES) {
+        void *buf = region_get(l, r, c);
+        if (buf)
+            return buf;
+    }
     if (c < N_CLASSES && l && l->bufs && l->bufs->classes[c]) {
         struct free_buf *b = l->bufs->classes[c];
         l->bufs->classes[c] = b->next;
@@ -62,6 +210,8 @@ void io_buf_put(void *buf, size_t len)
         mem_free(buf);
         return;
     }
+    if (region_put(l, buf))
+        return;
     if (!l->bufs)
         l->bufs = mem_zalloc(sizeof *l->bufs);
     if (!l->bufs || l->bufs->bytes + class_size(c) > POOL_BYTES) {
@@ -76,6 +226,7 @@ void io_buf_put(void *buf, size_t len)
 
 void buf_pool_free(struct loop *l)
 {
+    region_free(l);
     if (!l->bufs)
         return;
     for (unsigned c = 0; c < N_CLASSES; c++)

@@ -32,6 +32,8 @@ struct ring_loop {
     struct real_loop real; /* first */
     struct io_uring ring;
     bool have_ring;
+    unsigned direct_rw; /* direct requests so far, until the region is tried */
+    bool poll_first;    /* the kernel knows receives that wait before they try */
     int kick;
     uint64_t kicks;     /* where the kernel puts what it read from `kick` */
     unsigned in_flight; /* requests and polls, without the one for kicks */
@@ -79,16 +81,56 @@ static co_fn int run_op(struct ring_loop *e, struct io_uring_sqe *sqe, struct ri
     return op->result;
 }
 
+/* ------------------------------------------------------------------ registered buffers
+ *
+ * For direct I/O the kernel pins the pages of a request, for each request anew. With buffers that
+ * are registered it does so once: that saves about a tenth of the engine's CPU time at 4 KiB and a
+ * third at 64 KiB. Registered memory is resident and counts against RLIMIT_MEMLOCK, and a slab of
+ * 1 MiB takes half a millisecond: so a loop begins with it only when it does direct I/O in earnest,
+ * and if the limit or an old kernel refuses, it goes on without.
+ *
+ * Descriptors are not registered, nor is the ring's: on Linux 6.18 either saves less than 0.1 us,
+ * 1 % of a direct request, and a table of descriptors must follow every close on every ring. */
+
+enum { EARNEST = 256 };
+
+static int add_slab(struct loop *l, unsigned slab, void *base, size_t len)
+{
+    struct iovec iov = {base, len};
+    int r = io_uring_register_buffers_update_tag(&engine_of(l)->ring, slab, &iov, NULL, 1);
+    return r == 1 ? 0 : r < 0 ? r : -EINVAL;
+}
+
+static void count_direct(struct loop *l, struct ring_loop *e)
+{
+    if (e->direct_rw > EARNEST || ++e->direct_rw <= EARNEST)
+        return;
+    if (io_uring_register_buffers_sparse(&e->ring, BUF_REGION_SLABS) == 0)
+        buf_region_start(l, add_slab);
+}
+
 static co_fn ssize_t uring_rw(struct real_file *f, bool write, const struct iovec *iov, int n,
                               uint64_t off, int rwf)
 {
-    struct ring_loop *e = engine_of(loop_self());
+    struct loop *l = loop_self();
+    struct ring_loop *e = engine_of(l);
     struct io_uring_sqe *sqe = get_sqe(e);
     struct ring_op op;
-    if (write)
+    int slab = -1;
+    if (f->direct) {
+        count_direct(l, e);
+        slab = n == 1 ? buf_region_slab(l, iov->iov_base, iov->iov_len) : -1;
+    }
+    if (slab >= 0) {
+        io_uring_prep_rw(write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED, sqe, f->fd,
+                         iov->iov_base, iov->iov_len, off);
+        sqe->buf_index = slab;
+        sqe->rw_flags = rwf;
+    } else if (write) {
         io_uring_prep_writev2(sqe, f->fd, iov, n, off, rwf);
-    else
+    } else {
         io_uring_prep_readv2(sqe, f->fd, iov, n, off, rwf);
+    }
     return run_op(e, sqe, &op);
 }
 
@@ -128,13 +170,16 @@ static int uring_arm(struct real_sock *s, int dir)
     return 0;
 }
 
-/* shutdown(2) ends it like any receive. */
+/* shutdown(2) ends it like any receive. It comes here when there is nothing yet, or when that was
+ * so the last times: then waiting first saves the kernel a vain look. */
 static co_fn ssize_t uring_recv(struct real_sock *s, void *buf, size_t len)
 {
     struct ring_loop *e = engine_of(loop_self());
     struct io_uring_sqe *sqe = get_sqe(e);
     struct ring_op op;
     io_uring_prep_recv(sqe, s->fd[SOCK_RD], buf, len, 0);
+    if (e->poll_first)
+        sqe->ioprio = IORING_RECVSEND_POLL_FIRST;
     return run_op(e, sqe, &op);
 }
 
@@ -227,14 +272,21 @@ static void reap(struct ring_loop *e)
     }
 }
 
+/* Have we something for the kernel, or has it work that it does only when we come? The answer lies
+ * in memory that both see, so that a loop that looks again and again makes no system calls. */
+static bool must_enter(struct ring_loop *e)
+{
+    unsigned flags = IO_URING_READ_ONCE(*e->ring.sq.kflags);
+    return io_uring_sq_ready(&e->ring) || (flags & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
 static void uring_wait(struct loop *l, uint64_t ns)
 {
     struct ring_loop *e = engine_of(l);
     struct io_uring_cqe *cqe;
     if (ns == 0) {
-        if (!e->in_flight && !io_uring_sq_ready(&e->ring))
-            return;
-        check_submit(io_uring_submit_and_get_events(&e->ring));
+        if (must_enter(e))
+            check_submit(io_uring_submit_and_get_events(&e->ring));
     } else {
         struct __kernel_timespec t = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
         check_submit(io_uring_submit_and_wait_timeout(&e->ring, &cqe, 1,
@@ -270,14 +322,15 @@ static int uring_loop_start(struct loop *l)
 }
 
 /* The best ring that this kernel makes. */
-static int make_ring(struct io_uring *ring)
+static int make_ring(struct ring_loop *e)
 {
     static const unsigned wishes[] = {
         IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN |
-            IORING_SETUP_SUBMIT_ALL,
-        IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL,
+            IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
+        IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
         0,
     };
+    struct io_uring *ring = &e->ring;
     int r = -EINVAL;
     for (size_t i = 0; r == -EINVAL && i < sizeof wishes / sizeof *wishes; i++) {
         struct io_uring_params p = {
@@ -285,6 +338,7 @@ static int make_ring(struct io_uring *ring)
             .cq_entries = CQ_ENTRIES,
         };
         r = io_uring_queue_init_params(RING_ENTRIES, ring, &p);
+        e->poll_first = wishes[i] & IORING_SETUP_COOP_TASKRUN; /* both are of Linux 5.19 */
     }
     if (r < 0)
         return r == -EINVAL ? -ENOSYS : r; /* too old */
@@ -302,7 +356,7 @@ static int make_loop(struct loop *l)
     e->kick = eventfd(0, EFD_CLOEXEC);
     if (e->kick < 0)
         return -errno;
-    int r = make_ring(&e->ring);
+    int r = make_ring(e);
     e->have_ring = r == 0;
     return r;
 }

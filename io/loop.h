@@ -35,6 +35,7 @@ struct loop {
     _Atomic bool stopping;
     void *engine; /* engine's state of this loop */
     struct io_buf_pool *bufs;
+    _Atomic(struct buf_region *) region; /* of buffers that the engine knows; or NULL */
 };
 
 /* What an engine implements. The file, socket and name functions of io.h with the same suffix go
@@ -120,5 +121,13 @@ void loop_timer_arm(struct loop *l, struct io_timer *t);
 void loop_timer_disarm(struct loop *l, struct io_timer *t); /* not armed: nothing */
 void event_timer_due(struct io_timer *t);
 
-/* buf.c: the pool of the loop `l` ends. */
+/* buf.c: the pool of the loop `l`, and its region, end. */
 void buf_pool_free(struct loop *l);
+/* From now on io_buf_get() on loop `l` prefers memory of a region of its own. add() tells the
+ * engine about each slab before it is used; when it fails the region stays as large as it is. Own
+ * thread, once. 0 or -errno. */
+enum { BUF_REGION_SLABS = 16, BUF_SLAB_BYTES = 1 << 20 };
+int buf_region_start(struct loop *l,
+                     int (*add)(struct loop *, unsigned slab, void *base, size_t len));
+/* The slab of `l`'s region in which all of [p, p+len) lies, or -1. Own thread. */
+int buf_region_slab(struct loop *l, const void *p, size_t len);

@@ -94,6 +94,15 @@ static bool may_spin(struct loop *l, uint64_t now)
     return !rl->machine_busy;
 }
 
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ volatile("" ::: "memory");
+#endif
+}
+
 /* True: work came while we looked. */
 static bool spin(struct loop *l, uint64_t now, uint64_t deadline)
 {
@@ -106,6 +115,7 @@ static bool spin(struct loop *l, uint64_t now, uint64_t deadline)
             rl->spin_ns = MIN(rl->spin_ns + rl->spin_ns / 4, (uint64_t)SPIN_MAX_NS);
             return true;
         }
+        relax();
         now = real_now(l->io);
     }
     return false;

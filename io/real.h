@@ -227,6 +227,7 @@ struct real_sock {
     char path[108];
     _Atomic bool shut;
     struct io_event ready[2];
+    unsigned untried; /* so many receives are not worth a try before waiting */
     /* For the backend. */
     struct loop *loop; /* where the descriptor is registered, or NULL */
     unsigned armed;    /* bit per direction; on `loop` only */

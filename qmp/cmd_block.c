@@ -216,12 +216,18 @@ int qmp_query_dirty_ranges(struct qmp_call *call, const struct q_query_dirty_ran
         return no_memory(err);
     for (uint32_t i = 0; bitmap_next_dirty(b->bits, off, size, &run, &len); i++) {
         if (i == args->limit) {
-            json_object_set_new(reply, "next", json_integer((json_int_t)run));
+            r = json_object_set_new(reply, "next", json_integer((json_int_t)run));
             break;
         }
-        json_array_append_new(ranges, json_pack("{s:I,s:I}", "offset", (json_int_t)run, "length",
-                                                (json_int_t)len));
+        json_t *row = json_pack("{s:I,s:I}", "offset", (json_int_t)run, "length", (json_int_t)len);
+        r = json_array_append_new(ranges, row);
+        if (r < 0)
+            break;
         off = run + len;
+    }
+    if (r < 0) { /* a range that is left out would be missing in a backup */
+        json_decref(reply);
+        return no_memory(err);
     }
     *ret = reply;
     return 0;

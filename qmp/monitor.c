@@ -32,6 +32,7 @@ struct monitor {
     struct scan scan;
     char *out;
     size_t out_len, out_cap;
+    bool sending; /* more is on its way than what is in `out` */
     struct io_event out_ready;
     char peer[64];
     TAILQ_ENTRY(monitor) link;
@@ -143,7 +144,9 @@ static void writer_main(void *arg)
         struct iovec one = {m->out, m->out_len};
         m->out = NULL;
         m->out_len = m->out_cap = 0;
+        m->sending = true;
         r = io_send(m->sock, &one, 1);
+        m->sending = false;
         mem_free(one.iov_base);
     }
     m->ending = true;
@@ -338,7 +341,7 @@ static bool all_sent(struct monitors *m)
 {
     struct monitor *c;
     TAILQ_FOREACH (c, &m->clients, link) {
-        if (c->out_len)
+        if (c->out_len || c->sending)
             return false;
     }
     return true;

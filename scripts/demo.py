@@ -64,7 +64,7 @@ class Daemon:
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._process.poll() is not None or time.monotonic() > end:
                     raise DemoError(f'tidemarkd does not start: {self.last_words()}') from None
-                time.sleep(0.005)  # a socket that is not there yet cannot be waited for
+                time.sleep(0.005)  # polls for the socket: one that is not there yet has no event
 
     def last_words(self):
         self._log.seek(0)
@@ -211,7 +211,7 @@ class Demo:
 
     def note(self, moment):
         """The guest pauses: what do the disks hold now?"""
-        with self.screen.step(f'the guest pauses; note what the disks hold (moment {moment})') as s:
+        with self.screen.step('the guest pauses; note what the disks hold now') as s:
             meter = Meter(sum(disks.stored(f'{d}.raw') for d in DISKS))
             s.fraction = meter.fraction
 
@@ -226,10 +226,11 @@ class Demo:
             self.daemon.add_target(f'{d}-copy', self.copy_name(d, moment), SIZES[d])
         make = actions_full if moment == 1 else actions_incremental
         actions = [a for d in DISKS for a in make(d)]
-        with self.screen.step('') as s:
+        with self.screen.step(f'moment {moment}: one transaction') as s:
             begin = time.monotonic()
             qmp.execute('transaction', actions=actions, properties={'completion-mode': 'grouped'})
-            s.say(f'one transaction, {len(actions)} actions: {(time.monotonic() - begin) * 1000:.1f} ms')
+            s.say(f'moment {moment}: one transaction with {len(actions)} actions, answered in '
+                  f'{(time.monotonic() - begin) * 1000:.1f} ms')
             if moment > 1:
                 for d in DISKS:
                     self.ranges[d, moment] = self.daemon.ranges(d, 'b1')
@@ -252,7 +253,7 @@ class Demo:
                     self.daemon.qmp.execute('block-dirty-bitmap-remove', node=d, name='b1')
             copied = sum(self.stored[d, moment] for d in DISKS)
             s.say(f'{"full" if moment == 1 else "incremental"} copy of both disks: {size(copied)}')
-        with self.screen.step('') as s:
+        with self.screen.step('the guest goes on') as s:
             s.fraction = lambda: sum(g.fraction() for g in self.guests.values()) / len(self.guests)
             times = [t for g in self.guests.values() for t in g.wait()]
             early = sum(t < max(ended.values()) for t in times)
@@ -390,15 +391,15 @@ def by_hand(screen, args, folder):
                    'DISK.raw: the disks; DISK.full, .inc2, .inc3: the backups of moments 1, 2, 3;\n'
                    'DISK.restored: moment 3; DISK.first, .delta: for the proof. Go on by hand:')
     for line in (f'cd {shlex.quote(folder)}', f'export PATH={shlex.quote(args.bin)}:$PATH',
-                 'export TIDEMARK_SOCKET=$PWD/serve/qmp.sock',
+                 'export TIDEMARK_SOCKET=$PWD/serve/tidemark.sock',
                  'tidemark serve --dir serve disk0.raw disk1.raw',
                  'tidemark status',
                  'tidemark backup --to backups disk0 disk1    # in full',
-                 "qemu-io -f raw -c 'write 300M 2M' nbd+unix:///disk0?socket=serve/nbd.sock",
+                 "qemu-io -f raw -c 'write 300M 2M' nbd+unix:///disk0?socket=serve/tidemark-nbd.sock",
                  'tidemark backup --to backups disk0 disk1    # only 2 MiB',
                  'tidemark points backups',
                  'tidemark stop',
-                 "/sbin/debugfs -R 'ls -l /' disk0.restored.raw"):
+                 "/sbin/debugfs -R 'ls -l /00' disk0.restored.raw"):
         screen.line('  ' + line)
 
 
@@ -445,7 +446,10 @@ def main():
             demo.close()
         os.chdir('/')
         if folder and not args.keep:
-            shutil.rmtree(folder)
+            if status == 0:
+                screen.line()
+            with screen.step('everything is removed'):
+                disks.remove(folder)
     if status == 0:
         if args.keep:
             by_hand(screen, args, folder)

@@ -327,7 +327,7 @@ def paths_in(text):
     for m in re.finditer(r'`([^`\n]+)`', fence):
         for word in re.finditer(r'[^\s,;()\'"]+', m.group(1)):
             path = re.sub(r'(::.*|:\d*|\.)$', '', word.group())
-            path = re.sub(r'^\./', '', path)
+            path = re.sub(r'\bNAME\b', '*', re.sub(r'^\./', '', path))
             if ('/' in path and path.split('/')[0] in TOP or path in TOP) and not MADE.match(path):
                 yield m.start(1) + word.start(), path
             elif word.group().startswith('./') and not MADE.match(path):

@@ -17,8 +17,11 @@
 #include "qmp/commands.h"
 #include "qmp/instance.h"
 #include "qmp/monitor.h"
+#include "qmp/scan.h"
 #include "schema/schema.h"
 #include "schema/types.h"
+
+#define JSON_DEPTH 128u /* of options given as JSON: what reads them recurses */
 
 const char options_help[] =
     "Usage: tidemarkd [OPTION]...\n"
@@ -240,12 +243,66 @@ static const struct option_kind kinds[] = {
     {'c', STEP_MONITOR, "backend", NULL},
 };
 
+/* JSON on the command line may have single quotes, as on a monitor: the same scanner reads it. */
+static int scan_json(struct options *opts, const char *text, const char **out, struct tide_error *err)
+{
+    size_t len = strlen(text);
+    struct scan s;
+    scan_init(&s);
+    s.max_depth = JSON_DEPTH;
+    int r = scan_next(&s, &text, &len, err);
+    if (r == 0 || (r > 0 && text[strspn(text, " \t\r\n")]))
+        r = tide_fail(err, -EINVAL, "options in JSON: %s",
+                      r == 0 ? "a bracket or quote is not closed" : "there is something behind the object");
+    else if (r > 0)
+        r = (*out = arena_strndup(&opts->arena, s.value, s.value_len))
+                ? 0
+                : tide_fail(err, -ENOMEM, "no memory");
+    scan_fini(&s);
+    return r;
+}
+
+/* Old scripts write `server,nowait` for `server=on,wait=off`. */
+static int spell_out_flags(struct options *opts, const char *text, const char **out,
+                           struct tide_error *err)
+{
+    char *p = arena_alloc(&opts->arena, strlen(text) * 5 + 1); /* at most ",=off" for each flag */
+    if (!p)
+        return tide_fail(err, -ENOMEM, "no memory");
+    *out = p;
+    for (const char *s = text; *s;) {
+        size_t n = strcspn(s, ",");
+        while (s[n] == ',' && s[n + 1] == ',') /* a comma inside a value is doubled */
+            n += 2 + strcspn(s + n + 2, ",");
+        bool flag = n && s != text && !memchr(s, '=', n), off = flag && n > 2 && !strncmp(s, "no", 2);
+        const char *value = off ? "=off" : flag ? "=on" : "";
+        p = mempcpy(p, off ? s + 2 : s, off ? n - 2 : n);
+        p = mempcpy(p, value, strlen(value));
+        s += n;
+        if (*s == ',')
+            *p++ = *s++;
+    }
+    *p = '\0';
+    return 0;
+}
+
+static int read_text(struct options *opts, const struct option_kind *k, const char *text, json_t **out,
+                     struct tide_error *err)
+{
+    int r = 0;
+    if (text[0] == '{')
+        r = scan_json(opts, text, &text, err);
+    else if (!k->type)
+        r = spell_out_flags(opts, text, &text, err);
+    return r < 0 ? r : keyval_parse(text, k->implied, out, err);
+}
+
 static int read_keyval(struct options *opts, const struct option_kind *k, const char *text,
                        struct tide_error *err)
 {
     json_t *o = NULL;
     struct step *s = arena_alloc(&opts->arena, sizeof *s);
-    int r = s ? keyval_parse(text, k->implied, &o, err) : tide_fail(err, -ENOMEM, "no memory");
+    int r = s ? read_text(opts, k, text, &o, err) : tide_fail(err, -ENOMEM, "no memory");
     if (r == 0) {
         s->kind = k->kind;
         s->option = option_name(k->c);

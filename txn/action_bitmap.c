@@ -23,17 +23,14 @@ static int find(struct txn *t, const char *node, const char *name, unsigned need
 
 /* ------------------------------------------------------------------ records */
 
+/* At a discard, which goes last to first, a later `remove` may have freed `b` already. */
 struct bitmap_rec {
+    struct graph *graph;
     struct dirty_bitmap *b;
     struct dirty_bitmap *before; /* remove: what followed it in the list */
     struct bitmap *old;          /* clear, merge: the contents before */
     bool was_enabled;            /* enable, disable */
 };
-
-static struct graph *rec_graph(struct bitmap_rec *rec)
-{
-    return node_graph(rec->b->node);
-}
 
 static void add_unwind(void *p)
 {
@@ -58,13 +55,13 @@ static void contents_unwind(void *p)
 {
     struct bitmap_rec *rec = p;
     bitmap_swap(rec->b->bits, rec->old);
-    graph_bitmap_free_later(rec_graph(rec), rec->old);
+    graph_bitmap_free_later(rec->graph, rec->old);
 }
 
 static void contents_discard(void *p)
 {
     struct bitmap_rec *rec = p;
-    graph_bitmap_free_later(rec_graph(rec), rec->old);
+    graph_bitmap_free_later(rec->graph, rec->old);
 }
 
 static void enabled_unwind(void *p)
@@ -165,6 +162,7 @@ static int clear_prepare(struct txn *t, const struct action *a, struct tide_erro
     if (r < 0)
         return tide_fail(err, r, "no memory to clear bitmap '%s' on node '%s'", args->name, args->node);
     rec->b = b;
+    rec->graph = txn_graph(t);
     bitmap_swap(b->bits, rec->old);
     txn_arm(t, rec);
     return 0;
@@ -289,6 +287,7 @@ static int merge(struct txn *t, const char *node, const char *name,
         return tide_fail(err, r, "no memory to merge into bitmap '%s' on node '%s'", name, node);
     }
     rec->b = target;
+    rec->graph = txn_graph(t);
     bitmap_swap(target->bits, rec->old);
     txn_arm(t, rec);
     return 0;

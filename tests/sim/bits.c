@@ -107,6 +107,7 @@ void bits_add(struct book *k, struct bits *b, unsigned shift, bool enabled, uint
     b->enabled = enabled;
     b->job = 0;
     b->window = false;
+    b->folded_at = 0;
     memset(b->must, 0, b->n);
     memset(b->may, 0, b->n);
     if (enabled)
@@ -123,26 +124,27 @@ void bits_clear(struct bits *b, uint64_t q, uint64_t r)
     memset(b->must, 0, b->n);
     memset(b->may, 0, b->n);
     b->window = false;
+    b->folded_at = 0;
     if (b->enabled)
         open_window(b, q, r);
 }
 
-/* A disable of the same list left the window in place but folded its writes in, so that reopening it
- * at its old beginning is right: nothing was lost in between (L5). */
 void bits_enable(struct bits *b, uint64_t q, uint64_t r)
 {
     if (b->enabled)
         return;
     b->enabled = true;
-    if (!b->window && b->from_q < q && b->from_r == r)
-        b->from_r = 0;
-    open_window(b, q, r);
+    if (b->folded_at == q)
+        b->window = true;
+    else
+        open_window(b, q, r);
 }
 
 void bits_disable(struct book *k, struct bits *b, uint64_t q, uint64_t r)
 {
     if (!b->enabled)
         return;
+    b->folded_at = b->window ? q : 0;
     add_window(k, b, q, r, b->must, b->may);
     b->enabled = b->window = false;
 }

@@ -7,12 +7,11 @@
  * overlaps either instant may be there. The *window* is that recording: it began between ticks
  * `from_q` and `from_r`.
  *
- * A list of actions is played on a copy; `began` marks what the list itself began, whose window is the
- * list's own [asked, told]. */
+ * A list of actions is played on a copy of the book: all its actions have the list's own ticks. */
 #pragma once
 #include "guest.h"
 
-#define BITS_MAX 12u
+#define BITS_MAX 16u
 
 struct bits {
     char node[16], name[16];
@@ -23,6 +22,7 @@ struct bits {
     uint8_t *must, *may;
     bool window;
     uint64_t from_q, from_r;
+    uint64_t folded_at; /* q of the list whose disable closed the window; 0 = none */
 };
 
 struct book {
@@ -43,11 +43,11 @@ void bits_add(struct book *k, struct bits *b, unsigned shift, bool enabled, uint
 void bits_remove(struct bits *b);
 void bits_clear(struct bits *b, uint64_t q, uint64_t r);
 void bits_enable(struct bits *b, uint64_t q, uint64_t r);
-/* What it records from now on is not its any more: the window is folded into the sets. Within one list,
- * an enable that follows takes the fold back: see bits_enable(). */
+/* The window is closed: what it held is folded into the sets. An enable in the same list opens it again
+ * at its old beginning, since no write falls between two actions (L5). */
 void bits_disable(struct book *k, struct bits *b, uint64_t q, uint64_t r);
 void bits_merge(struct book *k, struct bits *to, const struct bits *from, uint64_t q, uint64_t r);
-/* A write by somebody who is not in the log may have marked anything. */
+/* It may have any bit, or none that it had to have. */
 void bits_blur(struct bits *b);
 
 /* Both sets as they are for somebody who looks between ticks q and r. Owned by the caller. */

@@ -50,7 +50,8 @@ struct disk *crowd_add_disk(struct crowd *c, const char *node, const char *file,
     CHECK(sim_file_write(c->w->disk, file, "", 1, size - 1) == 0);
     /* What is there before the first tick counts as writes that were answered at tick 0. */
     for (uint64_t off = 0; off < size;) {
-        uint64_t len = MIN(SECTOR * (1 + chance_below(dice, sizeof buf / SECTOR)), size - off);
+        uint64_t len = SECTOR * (1 + chance_below(dice, sizeof buf / SECTOR)); /* MIN looks twice */
+        len = MIN(len, size - off);
         if (!chance_one_in(dice, 3)) {
             uint64_t stamp = (uint64_t)(k + 1) << 56 | off;
             fill(buf, len, stamp);

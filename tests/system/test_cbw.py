@@ -254,7 +254,7 @@ def test_a_stalled_target_fails_the_job_not_the_guests():
     with Daemon() as d:
         fill(d.add_disk('a', size), size)
         d.cmd('block-dirty-bitmap-add', node='a', name='m')
-        d.cmd('blockdev-add', driver='null-co', node_name='slow', size=size, **{'latency-ns': 6_500_000_000})
+        d.cmd('blockdev-add', driver='null-co', node_name='slow', size=size, **{'latency-ns': 5_800_000_000})
         h = nbd.NBD()
         h.connect_uri(d.export('a'))
         d.cmd('blockdev-backup', backup_args('a', 'slow', bitmap='m', bitmap_mode='on-success'))
