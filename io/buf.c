@@ -2,8 +2,9 @@
 /* Data buffers: page-aligned, in classes of 4 KiB to 2 MiB by powers of two, kept per loop.
  *
  * A buffer goes to the pool of the loop that frees it, so neither side takes a lock; a loop that
- * only frees what others get holds at most POOL_BYTES. Threads that are no loop, and sizes above
- * the largest class, go to the allocator. A free buffer holds its link in its first bytes.
+ * only frees what others get holds at most POOL_BYTES. Sizes above the largest class, and what a
+ * thread that is no loop gets and puts, go to the allocator. A free buffer holds its link in its
+ * first bytes.
  *
  * A loop may have a *region* (buf_region_start), whose memory its engine knows in advance: I/O with
  * it costs less. It is a range of addresses, cut into slabs. A slab is given to one class when that
@@ -90,8 +91,10 @@ int buf_region_start(struct loop *l,
     if (!r)
         return -ENOMEM;
     /* Only addresses: memory comes with add(). */
-    r->base = mmap(NULL, (size_t)BUF_REGION_SLABS * BUF_SLAB_BYTES, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    r->base = mem_fails()
+                  ? MAP_FAILED
+                  : mmap(NULL, (size_t)BUF_REGION_SLABS * BUF_SLAB_BYTES, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (r->base == MAP_FAILED) {
         mem_free(r);
         return -ENOMEM;

@@ -89,7 +89,6 @@ class Daemon:
 
     def remove_target(self, node):
         self.qmp.execute('blockdev-del', node_name=node)
-        self.qmp.execute('blockdev-del', node_name=node + '-file')
 
     def ranges(self, node, name):
         """All dirty ranges: [(offset, length)]."""

@@ -486,7 +486,8 @@ static void count_turn(struct nbd_session *s, uint64_t bytes)
 static void serve_requests(struct nbd_session *s)
 {
     struct nbd_task *t;
-    while (next_request(s, &t) == 0) {
+    /* Once a reply could not be sent, nobody waits for the requests that are here already. */
+    while (!s->broken && next_request(s, &t) == 0) {
         /* Data that we refuse to take cannot be told from the next request. */
         bool last = t->rq.cmd == NBD_CMD_WRITE && t->rq.len > NBD_MAX_PAYLOAD;
         uint64_t bytes = t->rq.cmd <= NBD_CMD_WRITE ? t->rq.len : 0;

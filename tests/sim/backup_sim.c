@@ -31,7 +31,8 @@ struct set {
     char target[8];
     bool synced;          /* target and bitmap stand for a backup: an incremental one may follow */
     bool sure;            /* the target is the disk between ticks q and r, durably */
-    bool target_is_lost;  /* a flush failed: it has to be opened again */
+    bool flush_fails;     /* a fault that is planned for this round */
+    bool target_is_lost;  /* a flush may have failed: it has to be opened again */
     struct way way;
     uint64_t q, r;
     char id[16];
@@ -102,6 +103,8 @@ static co_fn void set_up(struct world *w)
         s->may = calloc(1, t->crowd.disk[i].size / SECTOR + 1);
         CHECK(s->may);
     }
+    for (unsigned i = 0; i < t->crowd.n_guests; i++) /* whose time is long here */
+        t->crowd.guest[i].think_ns *= 1 + chance_below(&w->chance, 50);
     crowd_start(&t->crowd);
 }
 
@@ -121,6 +124,7 @@ static void plan_target_fault(struct backup_state *t, struct set *s)
                   chance_one_in(dice, 8));
     else
         sim_fail(t->crowd.w->disk, s->target, kind, nth, what == 2 ? ENOSPC : EIO, chance_one_in(dice, 2));
+    s->flush_fails = kind == SIM_FSYNC && what >= 2;
 }
 
 static void plan_source_fault(struct backup_state *t, struct set *s)
@@ -206,7 +210,8 @@ static void begun(struct backup_state *t, struct set *s, unsigned shift, uint64_
     s->b->job = s->way.mode ? 1 : 0;
 }
 
-static co_fn void begin(struct backup_state *t)
+/* False: a read of a guest hangs, and the transaction did not wait for it. */
+static co_fn bool try_begin(struct backup_state *t)
 {
     struct qmp *q = &t->crowd.w->qmp;
     struct chance *dice = &t->crowd.w->chance;
@@ -229,11 +234,17 @@ static co_fn void begin(struct backup_state *t)
              t->grouped ? ",\"properties\":{\"completion-mode\":\"grouped\"}" : "");
     if (hold)
         crowd_hold(&t->crowd);
-    qmp_do(q, "transaction", "%s", text);
+    json_t *v = qmp_call(q, "transaction", "%s", text);
+    bool late = qmp_error(v) && strstr(qmp_error(v), "did not come to rest");
+    CHECK_SAY(late ? t->source_faults : !qmp_error(v), "%s", qmp_error(v));
+    json_decref(v);
     if (hold)
         crowd_release(&t->crowd);
+    if (late)
+        return false;
     for (unsigned i = 0; i < t->n_sets; i++)
         begun(t, &t->set[i], shift, q->asked, q->told);
+    return true;
 }
 
 /* ------------------------------------------------------------------ the end of a job */
@@ -243,7 +254,7 @@ static void keep_old(struct backup_state *t, struct set *s)
 {
     uint64_t size = t->crowd.disk[s->disk].size;
     unsigned shift = s->b->shift;
-    if (strcmp(s->way.sync, "bitmap")) {
+    if (strcmp(s->way.sync, "bitmap") || s->flush_fails) { /* nothing is known to be there */
         bits_blur(s->b);
         return;
     }
@@ -264,8 +275,8 @@ static void note_outcome(struct backup_state *t, struct set *s, const struct job
     s->b->job = 0;
     CHECK(news->completed != news->cancelled);
     s->good ? t->n_good++ : news->cancelled ? t->n_cancelled++ : t->n_failed++;
-    if (strstr(news->error, "flushing"))
-        s->target_is_lost = true;
+    s->target_is_lost = s->flush_fails && !s->good;
+    CHECK(s->flush_fails || !strstr(news->error, "flushing"));
     if (s->good) {
         crowd_check_file(&t->crowd, s->disk, s->target, s->q, s->r, s->id);
         s->sure = true;
@@ -387,6 +398,7 @@ static co_fn void check_outcomes(struct backup_state *t)
             open_target(t, s);
             s->target_is_lost = false;
         }
+        s->flush_fails = false;
     }
     CHECK(same || !t->grouped); /* L7 */
     for (unsigned i = 0; i < t->n_sets; i++)
@@ -399,7 +411,8 @@ static co_fn void one_round(struct backup_state *t)
         qmp_listen(&t->crowd.w->qmp, chance_below(&t->crowd.w->chance, SECOND / 10));
     if (!t->all_must_end_well)
         plan_faults(t);
-    begin(t);
+    while (!try_begin(t))
+        ;
     see_through(t);
     check_outcomes(t);
 }

@@ -276,7 +276,7 @@ static co_fn void guest_turn(struct guest *g)
     struct chance *dice = &c->w->chance;
     bool may = !c->held && !c->stop && g->left && g->nbd.n_used < g->depth;
     if (may && (!g->nbd.n_used || chance_one_in(dice, 2))) {
-        if (chance_one_in(dice, 3))
+        if (!g->nbd.n_used && chance_one_in(dice, 3)) /* else our sleep would count as waiting */
             io_sleep(chance_below(dice, g->think_ns));
         /* The world may have changed while we thought. */
         if (!c->held && !c->stop && send_one(g) && g->left != FOREVER)
