@@ -12,6 +12,7 @@
 #include "io/io.h"
 
 #define NODE_MAX_CHILDREN 4u
+#define NODE_MAX_DEPTH 64u /* nodes above each other: I/O and the graph's walks recurse */
 
 struct io_file;
 struct q_blockdev_options;
@@ -74,6 +75,7 @@ struct node {
     struct graph *graph;
     uint64_t size;
     uint32_t align, cluster;
+    unsigned depth; /* nodes below it on the longest way down */
     bool read_only, auto_read_only, discard_unmap, no_flush, direct, force_share;
     int detect_zeroes; /* enum q_blockdev_detect_zeroes_options */
     char *filename;    /* for people and queries; NULL: none */
@@ -109,10 +111,12 @@ TAILQ_HEAD(node_list, node);
 struct graph {
     struct io *io;
     struct co_mutex commands;  /* the command lock */
+    struct co_mutex perms;     /* permission updates, which take and drop file locks */
     struct co_rwlock effects;  /* a list's effects are not seen before it is over */
     struct node_list nodes;
     struct root_list roots;
     unsigned next_auto_name;
+    uint64_t next_generation; /* of bitmaps */
     struct quiesce *quiesce;   /* the one under way */
     struct io_event drained;   /* somebody left a closed root */
     uint64_t quiesce_timeout, quiesce_failed_at;
@@ -122,7 +126,7 @@ struct graph {
     struct reaper *reaper;
 };
 /* Permissions: recompute what `n` and everything below is used for; -EAGAIN etc. with text. */
-co_fn int node_update_perm(struct node *n, struct tide_error *err);
+co_fn int node_refresh_perm(struct node *n, struct tide_error *err);
 int reaper_new(struct graph *g);
 void reaper_free(struct graph *g);
 /* Before a node gets a bitmap or a hook: -EPERM when a root below it could write past it. */

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/bytes.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "block/driver.h"
@@ -102,7 +103,7 @@ struct node *graph_find(struct graph *g, const char *name)
 int graph_find_err(struct graph *g, const char *name, struct node **out, struct tide_error *err)
 {
     *out = graph_find(g, name);
-    return *out ? 0 : tide_fail(err, -ENOENT, "node '%s' not found", name);
+    return *out ? 0 : tide_fail(err, -ENOENT, "node '%s' not found", shown_name(name).text);
 }
 
 void graph_each(struct graph *g, void (*fn)(void *, struct node *), void *arg)
@@ -130,6 +131,9 @@ bool node_reaches(const struct node *from, const struct node *to)
 static int link_child(struct node *n, const char *role, struct node *c)
 {
     assert(n->n_children < NODE_MAX_CHILDREN);
+    if (c->depth >= NODE_MAX_DEPTH)
+        return -ELOOP;
+    n->depth = MAX(n->depth, c->depth + 1);
     struct node **p = mem_realloc(c->parents, c->n_parents + 1, sizeof *p);
     if (!p)
         return -ENOMEM;
@@ -166,7 +170,7 @@ static unsigned wanted_perm(struct node *n)
     return perm;
 }
 
-int node_update_perm(struct node *n, struct tide_error *err)
+static co_fn int node_update_perm(struct node *n, struct tide_error *err)
 {
     unsigned old = n->perm, perm = wanted_perm(n);
     if (perm == old)
@@ -191,6 +195,15 @@ int node_update_perm(struct node *n, struct tide_error *err)
 
 /* ------------------------------------------------------------------ opening */
 
+int node_refresh_perm(struct node *n, struct tide_error *err)
+{
+    /* Two updates at a time would decide on what the other has not finished. */
+    co_mutex_lock(&n->graph->perms);
+    int r = node_update_perm(n, err);
+    co_mutex_unlock(&n->graph->perms);
+    return r;
+}
+
 static bool name_is_valid(const char *s)
 {
     if (!((s[0] >= 'a' && s[0] <= 'z') || (s[0] >= 'A' && s[0] <= 'Z')))
@@ -205,11 +218,13 @@ static int take_name(struct graph *g, struct node *n, const char *name, struct t
         return 0;
     }
     if (strlen(name) > NODE_NAME_MAX)
-        return tide_fail(err, -EINVAL, "node-name '%s' is longer than %u bytes", name, NODE_NAME_MAX);
+        return tide_fail(err, -EINVAL, "node-name '%s' is longer than %u bytes",
+                         shown_name(name).text, NODE_NAME_MAX);
     if (!name_is_valid(name))
-        return tide_fail(err, -EINVAL,
-                         "node-name '%s' is not valid: a letter, then letters, digits, '-', '.', '_'",
-                         name);
+        return tide_fail(
+            err, -EINVAL,
+            "node-name '%s' is not valid: a letter, then letters, digits, '-', '.', '_'",
+            shown_name(name).text);
     if (find_any(g, name))
         return tide_fail(err, -EEXIST, "node-name '%s' is in use already", name);
     strcpy(n->name, name);
@@ -225,14 +240,15 @@ static const struct driver_ops *driver_find(const char *name)
     return NULL;
 }
 
-/* A node described inside another's options (`parent`, else NULL) takes from it what it does not say
- * itself; discards it passes on, for the parent has decided about them. */
-static int take_options(struct node *n, const struct q_blockdev_options *o, const struct node *parent,
-                        struct tide_error *err)
+/* A node described inside another's options (`parent`, else NULL) takes from it what it does not
+ * say itself; discards it passes on, for the parent has decided about them. */
+static int take_options(struct node *n, const struct q_blockdev_options *o,
+                        const struct node *parent, struct tide_error *err)
 {
     const struct q_blockdev_cache_options *cache = o->cache;
     n->read_only = o->has_read_only ? o->read_only : parent && parent->read_only;
-    n->auto_read_only = o->has_auto_read_only ? o->auto_read_only : parent && parent->auto_read_only;
+    n->auto_read_only =
+        o->has_auto_read_only ? o->auto_read_only : parent && parent->auto_read_only;
     n->force_share = o->has_force_share ? o->force_share : parent && parent->force_share;
     n->discard_unmap =
         o->has_discard ? o->discard == Q_BLOCKDEV_DISCARD_OPTIONS_UNMAP : parent != NULL;
@@ -267,7 +283,7 @@ static co_fn void node_destroy(struct node *n)
         if (!c->owned && !c->n_parents && !c->n_roots)
             node_destroy(c);
         else
-            node_update_perm(c, &ignored); /* gives up locks: cannot be refused */
+            node_refresh_perm(c, &ignored); /* gives up locks: cannot be refused */
     }
     mem_free(n->marks);
     mem_free(n->parents);
@@ -320,13 +336,14 @@ static co_fn int node_open(struct graph *g, const struct q_blockdev_options *o,
         r = ops->open(n, o, err);
     }
     if (r == 0)
-        r = node_update_perm(n, err);
+        r = node_refresh_perm(n, err);
     if (r < 0) {
         destroy_unseen(n);
         return r;
     }
     n->opened = true;
-    TAILQ_REMOVE(&g->nodes, n, link); /* its children were opened meanwhile; it is newer than they */
+    TAILQ_REMOVE(&g->nodes, n,
+                 link); /* its children were opened meanwhile; it is newer than they */
     TAILQ_INSERT_HEAD(&g->nodes, n, link);
     *out = n;
     return 0;
@@ -347,12 +364,15 @@ int node_open_child(struct node *n, const char *role, const struct q_blockdev_re
     if (r < 0) {
         if (ref->kind != Q_KIND_STRING)
             destroy_unseen(c);
+        if (r == -ELOOP)
+            return tide_fail(err, r, "node '%s' would stand on more than %u others", n->name,
+                             NODE_MAX_DEPTH);
         return tide_fail(err, r, "no memory for node '%s'", n->name);
     }
     /* A filter writes nothing of its own: who wants to write through it is refused (root.c). */
     if (c->read_only && !n->read_only && !n->ops->filter)
-        return tide_fail(err, -EACCES, "node '%s' is read-only: open '%s' with read-only=on", c->name,
-                         n->name);
+        return tide_fail(err, -EACCES, "node '%s' is read-only: open '%s' with read-only=on",
+                         c->name, n->name);
     return 0;
 }
 
@@ -369,20 +389,34 @@ int graph_add(struct graph *g, const struct q_blockdev_options *opts, struct nod
 
 /* ------------------------------------------------------------------ closing */
 
+/* A bitmap in use on `n` or on a child that would go with it. */
+static const struct dirty_bitmap *busy_bitmap(const struct node *n)
+{
+    const struct dirty_bitmap *b = n->bitmaps;
+    while (b && !b->n_busy)
+        b = b->next;
+    for (unsigned i = 0; i < n->n_children && !b; i++) {
+        const struct node *c = n->child[i];
+        if (!c->owned && c->n_parents == 1 && !c->n_roots)
+            b = busy_bitmap(c);
+    }
+    return b;
+}
+
 static int check_unused(struct node *n, struct tide_error *err)
 {
     struct root *r;
     for (r = TAILQ_FIRST(&n->graph->roots); r; r = root_next(r)) {
-        if (root_perm(r, n))
+        if (root_uses(r, n))
             return tide_fail(err, -EBUSY, "node '%s' is in use by %s", n->name, root_what(r));
     }
     if (n->n_parents)
         return tide_fail(err, -EBUSY, "node '%s' is in use by node '%s'", n->name,
                          n->parents[0]->name);
-    for (struct dirty_bitmap *b = n->bitmaps; b; b = b->next) {
-        if (b->n_busy)
-            return tide_fail(err, -EBUSY, "bitmap '%s' on node '%s' is in use", b->name, n->name);
-    }
+    const struct dirty_bitmap *b = busy_bitmap(n);
+    if (b)
+        return tide_fail(err, -EBUSY, "bitmap '%s' on node '%s' is in use",
+                         shown_name(b->name).text, b->node->name);
     return 0;
 }
 
@@ -390,7 +424,7 @@ int graph_del(struct graph *g, const char *name, struct tide_error *err)
 {
     struct node *n;
     int r = graph_find_err(g, name, &n, err);
-    if (r == 0 && !n->owned)
+    if (r == 0 && !n->owned && n->n_parents)
         r = tide_fail(err, -EPERM, "node '%s' was made with its parent and goes with it", name);
     if (r == 0)
         r = check_unused(n, err);

@@ -3,7 +3,8 @@
  *
  * The order of a write is fixed (crash-safety: a change may only become visible on disk after it is
  * marked): range and permission; wait for overlapping read-modify-writes; copy-before-write hooks;
- * mark; submit. What is refused or ignored before *mark* marks nothing; what fails later stays marked.
+ * mark; submit. What is refused or ignored before *mark* marks nothing; what fails later stays
+ * marked.
  *
  * Requests that do not fit the node's alignment are widened here. A widened write holds its blocks
  * against every other write of the node while it reads, patches and writes (tracked_write); nodes
@@ -362,6 +363,21 @@ int node_copy_range(struct node *src, uint64_t src_off, struct node *dst, uint64
 const char *node_name(const struct node *n)
 {
     return n->name;
+}
+
+struct shown_name shown_name(const char *name)
+{
+    struct shown_name s;
+    size_t n = strnlen(name, sizeof s.text);
+    bool whole = n < sizeof s.text;
+    if (!whole) {
+        n -= sizeof "...";
+        while (n && ((unsigned char)name[n] & 0xC0) == 0x80) /* not within a character */
+            n--;
+    }
+    memcpy(s.text, name, n);
+    memcpy(s.text + n, whole ? "" : "...", whole ? 1 : 4);
+    return s;
 }
 
 uint64_t node_size(const struct node *n)

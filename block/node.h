@@ -53,6 +53,12 @@ co_fn int node_copy_range(struct node *src, uint64_t src_off, struct node *dst, 
                           uint64_t len);
 
 const char *node_name(const struct node *n);
+/* A name that somebody typed, for a message: a long one by its beginning, so that the rest of the
+ * message fits. Use it as an argument: shown_name(s).text. */
+struct shown_name {
+    char text[72];
+};
+struct shown_name shown_name(const char *name);
 uint64_t node_size(const struct node *n);
 bool node_read_only(const struct node *n);
 /* Offsets and lengths of requests that go to the driver unchanged are multiples of this; other

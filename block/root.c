@@ -41,7 +41,7 @@ struct root {
     _Atomic unsigned closed;
     struct spin lock; /* guards the parked */
     struct co_queue parked;
-    bool quiesced;    /* closed and seen empty since */
+    bool quiesced; /* closed and seen empty since */
     TAILQ_ENTRY(root) link;
     struct gate_count count[]; /* of each loop */
 };
@@ -136,6 +136,15 @@ unsigned root_perm(const struct root *r, const struct node *n)
     return perm;
 }
 
+bool root_uses(const struct root *r, const struct node *n)
+{
+    for (unsigned i = 0; i < r->n_nodes; i++) {
+        if (r->node[i] == n)
+            return true;
+    }
+    return false;
+}
+
 const char *root_what(const struct root *r)
 {
     return r->what;
@@ -146,8 +155,9 @@ struct root *root_next(struct root *r)
     return TAILQ_NEXT(r, link);
 }
 
-/* Writes through one root must not slip past a tracker or a job further up: not those to its node and
- * not those that arrive, through `writer`, at a node `n` below it that stands under others too. */
+/* Writes through one root must not slip past a tracker or a job further up: not those to its node
+ * and not those that arrive, through `writer`, at a node `n` below it that stands under others too.
+ */
 static const struct node *watched_above(const struct node *writer, const struct node *n)
 {
     for (unsigned i = 0; i < n->n_parents; i++) {
@@ -177,14 +187,33 @@ static const struct node *read_only_below(const struct node *n)
     return found;
 }
 
-/* Another user's root that stands against `perm`: it writes and we want to be alone, or reversed. */
+/* Another user's root that stands against `perm`: it writes and we want to be alone, or reversed.
+ */
+static bool share_a_node(const struct node *a, const struct node *b);
+
 static const struct root *rival(const struct node *n, unsigned perm, const char *what)
 {
     struct root *r;
     TAILQ_FOREACH (r, &n->graph->roots, link) {
-        unsigned other = strcmp(r->what, what) ? root_perm(r, n) : 0;
-        if ((perm & ROOT_ALONE && other & ROOT_WRITE) || (perm & ROOT_WRITE && other & ROOT_ALONE))
-            return r;
+        for (unsigned i = 0; i < r->n_nodes && strcmp(r->what, what); i++) {
+            unsigned other = r->perm[i];
+            bool against = (perm & ROOT_ALONE && other & ROOT_WRITE) ||
+                           (perm & ROOT_WRITE && other & ROOT_ALONE);
+            if (against && share_a_node(r->node[i], n))
+                return r;
+        }
+    }
+    return NULL;
+}
+
+const char *node_written_alone_by(const struct node *n)
+{
+    struct root *r;
+    TAILQ_FOREACH (r, &n->graph->roots, link) {
+        for (unsigned i = 0; i < r->n_nodes; i++) {
+            if (r->perm[i] & ROOT_ALONE && share_a_node(r->node[i], n))
+                return r->what;
+        }
     }
     return NULL;
 }
@@ -199,24 +228,25 @@ static int check_perm(struct node *n, unsigned perm, const char *what, struct ti
                          what);
     const struct root *r = rival(n, perm, what);
     if (r)
-        return tide_fail(err, -EBUSY, "%s cannot write to node '%s': it is in use by %s", what, n->name,
-                         r->what);
+        return tide_fail(err, -EBUSY, "%s cannot write to node '%s': it is in use by %s", what,
+                         n->name, r->what);
     const struct node *above = watched_beside(n, n);
     if (above)
-        return tide_fail(err, -EPERM,
-                         "%s cannot write to node '%s': node '%s' has bitmaps or a job that would miss "
-                         "the changes; use '%s'",
-                         what, n->name, above->name, above->name);
+        return tide_fail(
+            err, -EPERM,
+            "%s cannot write to node '%s': node '%s' has bitmaps or a job that would miss "
+            "the changes; use '%s'",
+            what, n->name, above->name, above->name);
     return 0;
 }
 
-/* Do writes to `writer` arrive at something below `n`? */
-static bool writes_below(const struct node *writer, const struct node *n)
+/* What is written to one of them may arrive at something below the other. */
+static bool share_a_node(const struct node *a, const struct node *b)
 {
-    if (node_reaches(n, writer))
+    if (node_reaches(b, a))
         return true;
-    for (unsigned i = 0; i < writer->n_children; i++) {
-        if (writes_below(writer->child[i], n))
+    for (unsigned i = 0; i < a->n_children; i++) {
+        if (share_a_node(a->child[i], b))
             return true;
     }
     return false;
@@ -228,10 +258,10 @@ int node_check_watch(const struct node *n, struct tide_error *err)
     TAILQ_FOREACH (r, &n->graph->roots, link) {
         for (unsigned i = 0; i < r->n_nodes; i++) {
             if ((r->perm[i] & ROOT_WRITE) && !node_reaches(r->node[i], n) &&
-                writes_below(r->node[i], n))
+                share_a_node(r->node[i], n))
                 return tide_fail(err, -EPERM,
-                                 "node '%s' cannot be tracked: %s writes to node '%s', past it", n->name,
-                                 r->what, r->node[i]->name);
+                                 "node '%s' cannot be tracked: %s writes to node '%s', past it",
+                                 n->name, r->what, r->node[i]->name);
         }
     }
     return 0;
@@ -246,7 +276,7 @@ int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *e
     r->node[r->n_nodes] = n;
     r->perm[r->n_nodes++] = perm;
     n->n_roots++;
-    res = node_update_perm(n, err);
+    res = node_refresh_perm(n, err);
     if (res < 0) {
         tide_error_prefix(err, "%s: ", r->what);
         r->n_nodes--;
@@ -298,11 +328,14 @@ void root_free(struct root *r)
     assert(root_inside(r) == 0);
     if (r->graph->quiesce)
         quiesce_forget_root(r->graph->quiesce, r);
-    TAILQ_REMOVE(&r->graph->roots, r, link);
+    /* Giving up cannot be refused, but it takes a while: until it is done the node stays in use. */
     for (unsigned i = 0; i < r->n_nodes; i++) {
-        r->node[i]->n_roots--;
-        node_update_perm(r->node[i], &ignored); /* giving up cannot be refused */
+        r->perm[i] = 0;
+        node_refresh_perm(r->node[i], &ignored);
     }
+    for (unsigned i = 0; i < r->n_nodes; i++)
+        r->node[i]->n_roots--;
+    TAILQ_REMOVE(&r->graph->roots, r, link);
     mem_free(r->what);
     mem_free(r);
 }
@@ -363,12 +396,13 @@ static co_fn int drain(struct quiesce *q, struct tide_error *err)
         struct root *busy = first_busy(q);
         if (!busy)
             break;
-        return tide_fail(err, -ETIMEDOUT,
-                         "node '%s' (driver %s) did not come to rest in %llu ms: %ld requests of %s are "
-                         "still in flight; nothing was changed",
-                         busy->node[0]->name, busy->node[0]->ops->name,
-                         (unsigned long long)(q->graph->quiesce_timeout / 1000000), root_inside(busy),
-                         busy->what);
+        return tide_fail(
+            err, -ETIMEDOUT,
+            "node '%s' (driver %s) did not come to rest in %llu ms: %ld requests of %s are "
+            "still in flight; nothing was changed",
+            busy->node[0]->name, busy->node[0]->ops->name,
+            (unsigned long long)(q->graph->quiesce_timeout / 1000000), root_inside(busy),
+            busy->what);
     }
     return 0;
 }

@@ -36,7 +36,10 @@ co_fn void root_free(struct root *r);
 co_fn int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err);
 struct node *root_node(struct root *r); /* admitted, or control loop */
 unsigned root_perm(const struct root *r, const struct node *n);
+bool root_uses(const struct root *r, const struct node *n);
 const char *root_what(const struct root *r);
+/* Who writes there and wants to be alone (a job, to its target), or NULL. */
+const char *node_written_alone_by(const struct node *n);
 struct root *root_next(struct root *r); /* of the graph; NULL at the end */
 
 /* Any loop. Yields while the gate is closed. */

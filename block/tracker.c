@@ -6,8 +6,8 @@
  * marker never meets a change. Its room is reserved when a bitmap is attached and never given back
  * while the node lives: what an undo does (reattach, enable) must not need memory.
  *
- * Contents that are done with (the old bits after a clear, a successor) go to the reaper, which frees
- * them after a grace round: an NBD block-status on another loop may just be reading. */
+ * Contents that are done with (the old bits after a clear, a successor) go to the reaper, which
+ * frees them after a grace round: an NBD block-status on another loop may just be reading. */
 #include "block/tracker.h"
 
 #include <assert.h>
@@ -198,16 +198,18 @@ int dirty_bitmap_find(struct node *n, const char *name, unsigned needs, struct d
 {
     struct dirty_bitmap *b = find(n, name);
     if (!b)
-        return tide_fail(err, -ENOENT, "bitmap '%s' on node '%s' not found", name, n->name);
-    if ((needs & BITMAP_NOT_BUSY) && b->n_busy)
-        return tide_fail(err, -EBUSY, "bitmap '%s' on node '%s' is in use by a job or an export", name,
+        return tide_fail(err, -ENOENT, "bitmap '%s' on node '%s' not found", shown_name(name).text,
                          n->name);
+    if ((needs & BITMAP_NOT_BUSY) && b->n_busy)
+        return tide_fail(err, -EBUSY, "bitmap '%s' on node '%s' is in use by a job or an export",
+                         shown_name(name).text, n->name);
     if ((needs & BITMAP_WRITABLE) && b->read_only)
-        return tide_fail(err, -EROFS, "bitmap '%s' on node '%s' is read-only", name, n->name);
+        return tide_fail(err, -EROFS, "bitmap '%s' on node '%s' is read-only",
+                         shown_name(name).text, n->name);
     if ((needs & BITMAP_CONSISTENT) && b->inconsistent)
         return tide_fail(err, -EINVAL,
-                         "bitmap '%s' on node '%s' is inconsistent: it can only be removed", name,
-                         n->name);
+                         "bitmap '%s' on node '%s' is inconsistent: it can only be removed",
+                         shown_name(name).text, n->name);
     *out = b;
     return 0;
 }
@@ -215,12 +217,14 @@ int dirty_bitmap_find(struct node *n, const char *name, unsigned needs, struct d
 static int check_name(struct node *n, const char *name, struct tide_error *err)
 {
     if (!name[0])
-        return tide_fail(err, -EINVAL, "a bitmap on node '%s' needs a name that is not empty", n->name);
+        return tide_fail(err, -EINVAL, "a bitmap on node '%s' needs a name that is not empty",
+                         n->name);
     if (strlen(name) > DIRTY_BITMAP_NAME_MAX)
-        return tide_fail(err, -EINVAL, "bitmap name '%.40s...' is longer than %u bytes", name,
-                         DIRTY_BITMAP_NAME_MAX);
+        return tide_fail(err, -EINVAL, "bitmap name '%s' is longer than %u bytes",
+                         shown_name(name).text, DIRTY_BITMAP_NAME_MAX);
     if (find(n, name))
-        return tide_fail(err, -EEXIST, "bitmap '%s' on node '%s' exists already", name, n->name);
+        return tide_fail(err, -EEXIST, "bitmap '%s' on node '%s' exists already",
+                         shown_name(name).text, n->name);
     return 0;
 }
 
@@ -253,16 +257,24 @@ int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, boo
             mem_free(b->name);
         mem_free(b);
         if (r == -E2BIG)
-            return tide_fail(err, r,
-                             "bitmap '%s': granularity %llu is too fine for the size of node '%s'; the "
-                             "finest that works is %llu",
-                             name, 1ull << shift, n->name, 1ull << bitmap_min_shift(n->size));
-        return tide_fail(err, r, "no memory for bitmap '%s' on node '%s'", name, n->name);
+            return tide_fail(
+                err, r,
+                "bitmap '%s': granularity %llu is too fine for the size of node '%s'; the "
+                "finest that works is %llu",
+                shown_name(name).text, 1ull << shift, n->name, 1ull << bitmap_min_shift(n->size));
+        return tide_fail(err, r, "no memory for bitmap '%s' on node '%s'", shown_name(name).text,
+                         n->name);
     }
     b->enabled = !disabled;
     b->node = n;
+    dirty_bitmap_renew(b);
     *out = b;
     return 0;
+}
+
+void dirty_bitmap_renew(struct dirty_bitmap *b)
+{
+    b->generation = ++b->node->graph->next_generation;
 }
 
 int dirty_bitmap_check_watch(const struct dirty_bitmap *b, struct tide_error *err)
@@ -344,6 +356,7 @@ void dirty_bitmap_abdicate(struct dirty_bitmap *b)
 {
     assert(b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
     bitmap_swap(b->bits, b->successor);
+    dirty_bitmap_renew(b);
     end_freeze(b);
 }
 
@@ -351,8 +364,8 @@ void dirty_bitmap_reclaim(struct dirty_bitmap *b)
 {
     assert(b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
     if (bitmap_merge(b->bits, b->successor) < 0) {
-        log_warn("block", "no memory to fold back bitmap '%s': all of node '%s' is marked dirty", b->name,
-                 b->node->name);
+        log_warn("block", "no memory to fold back bitmap '%s': all of node '%s' is marked dirty",
+                 b->name, b->node->name);
         bitmap_mark(b->bits, 0, UINT64_MAX, graph_retired(b->node->graph));
     }
     end_freeze(b);

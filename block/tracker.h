@@ -29,6 +29,10 @@ struct dirty_bitmap {
     bool enabled;            /* new writes are recorded (by the successor while frozen) */
     bool persistent, inconsistent, read_only;
     unsigned n_busy;         /* jobs and exports that use it */
+    /* Changes whenever the bits may have stopped covering every change since it was made: clear, a
+     * backup that consumed it, enable and disable. No other bitmap of this daemon ever has the same
+     * one. What is undone gives the old one back. */
+    uint64_t generation;
     struct dirty_bitmap *next; /* of the node, newest first */
 };
 
@@ -63,6 +67,8 @@ int dirty_bitmap_freeze(struct dirty_bitmap *b);
  * cannot fail: without memory it marks more. Both end the ownership. */
 void dirty_bitmap_abdicate(struct dirty_bitmap *b);
 void dirty_bitmap_reclaim(struct dirty_bitmap *b);
+/* Give it a new generation. */
+void dirty_bitmap_renew(struct dirty_bitmap *b);
 /* Free contents once every loop has passed a turn. Never fails, never waits. */
 void graph_bitmap_free_later(struct graph *g, struct bitmap *bits);
 

@@ -2,12 +2,12 @@
 /* file, host_device: a regular file or a block device of this machine.
  *
  * Locks. Other programs that honour QEMU's image locking see which permissions are in use here: a
- * shared OFD lock on byte 100 + p for each permission used, on byte 200 + p for each one that nobody
- * else may use (p: 0 consistent read, 1 write, 2 write unchanged, 3 resize); a conflict is found by
- * testing for an exclusive lock on the opposite byte (QEMU, docs/system/qemu-block-drivers,
- * "image locking"; bytes as seen on 7.2). Permissions are taken when the node gets its first user, so
- * a node without users locks nothing. A writer of ours shares writing with nobody: changes that pass
- * us by could not be tracked. */
+ * shared OFD lock on byte 100 + p for each permission used, on byte 200 + p for each one that
+ * nobody else may use (p: 0 consistent read, 1 write, 2 write unchanged, 3 resize); a conflict is
+ * found by testing for an exclusive lock on the opposite byte (QEMU,
+ * docs/system/qemu-block-drivers, "image locking"; bytes as seen on 7.2). Permissions are taken
+ * when the node gets its first user, so a node without users locks nothing. A writer of ours shares
+ * writing with nobody: changes that pass us by could not be tracked. */
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -55,7 +55,8 @@ static int open_path(struct node *n, struct tide_error *err)
         r = io_open(n->filename, O_RDONLY | direct, 0, &s->f);
     }
     if (r == -EINVAL && n->direct)
-        return tide_fail(err, r, "cannot open '%s' with cache.direct=on: its file system has no direct I/O",
+        return tide_fail(err, r,
+                         "cannot open '%s' with cache.direct=on: its file system has no direct I/O",
                          n->filename);
     if (r < 0)
         return tide_fail(err, r, "cannot open '%s'%s: %s", n->filename,
@@ -78,12 +79,20 @@ static int file_open_with(struct node *n, const struct file_options *o, struct t
         return tide_fail(err, -ENOMEM, "no memory for node '%s'", node_name(n));
     if (!o->filename[0])
         return tide_fail(err, -EINVAL, "'filename' of node '%s' is empty", node_name(n));
-    int r = open_path(n, err);
+    /* Looked at before it is opened: opening a pipe would wait for its other end. */
+    int r = io_stat(n->filename, &st);
+    if (r == 0)
+        r = check_kind(n, &st, o->device, err);
+    else
+        r = 0; /* opening says better why it cannot be had */
+    if (r == 0)
+        r = open_path(n, err);
     if (r < 0)
         return r;
     r = io_fstat(s->f, &st);
     if (r < 0)
-        return tide_fail(err, r, "cannot read the size of '%s': %s", n->filename, tide_strerror(-r));
+        return tide_fail(err, r, "cannot read the size of '%s': %s", n->filename,
+                         tide_strerror(-r));
     r = check_kind(n, &st, o->device, err);
     if (r < 0)
         return r;
@@ -100,9 +109,9 @@ static int file_open(struct node *n, const struct q_blockdev_options *o, struct 
         return tide_fail(err, -EINVAL, "aio=native needs cache.direct=on");
     return file_open_with(
         n,
-        &(struct file_options){
-            f->filename, false,
-            !n->force_share && !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
+        &(struct file_options){f->filename, false,
+                               !n->force_share &&
+                                   !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
         err);
 }
 
@@ -114,9 +123,9 @@ static int host_device_open(struct node *n, const struct q_blockdev_options *o,
         return tide_fail(err, -EINVAL, "aio=native needs cache.direct=on");
     return file_open_with(
         n,
-        &(struct file_options){
-            f->filename, true,
-            !n->force_share && !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
+        &(struct file_options){f->filename, true,
+                               !n->force_share &&
+                                   !(f->has_locking && f->locking == Q_ON_OFF_AUTO_OFF)},
         err);
 }
 
@@ -186,9 +195,10 @@ static int file_set_perm(struct node *n, unsigned perm, struct tide_error *err)
     if (r < 0) {
         drop_to(s, old_used, old_unshared);
         if (r == -EAGAIN || r == -EACCES)
-            return tide_fail(err, -EAGAIN,
-                             "cannot get the \"%s\" lock on '%s': another process (or node) uses the image",
-                             words[which], n->filename);
+            return tide_fail(
+                err, -EAGAIN,
+                "cannot get the \"%s\" lock on '%s': another process (or node) uses the image",
+                words[which], n->filename);
         return tide_fail(err, r, "cannot lock '%s': %s (locking=off turns locks off)", n->filename,
                          tide_strerror(-r));
     }
@@ -210,7 +220,8 @@ static void zero_tail(const struct iovec *iov, int niov, uint64_t from)
     }
 }
 
-static int file_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len)
+static int file_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                       uint64_t len)
 {
     struct file *s = n->state;
     ssize_t r = io_preadv(s->f, iov, niov, off);
@@ -219,8 +230,8 @@ static int file_preadv(struct node *n, const struct iovec *iov, int niov, uint64
     return r < 0 ? (int)r : 0;
 }
 
-static int file_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
-                        unsigned flags)
+static int file_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                        uint64_t len, unsigned flags)
 {
     struct file *s = n->state;
     bool fua = (flags & NODE_FUA) && !n->no_flush;
@@ -281,10 +292,12 @@ static uint64_t file_allocated(struct node *n)
     return io_fstat(s->f, &st) < 0 ? UINT64_MAX : st.allocated;
 }
 
-#define FILE_OPS                                                                                         \
-    .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,                   \
-    .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,          \
-    .flush = file_flush, .extent = file_extent, .offload = file_offload, .allocated = file_allocated
+#define FILE_OPS                                                                                   \
+    .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,             \
+    .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,    \
+    .flush = file_flush, .extent = file_extent, .offload = file_offload,                           \
+    .allocated = file_allocated
 
 const struct driver_ops file_driver = {.name = "file", .open = file_open, FILE_OPS};
-const struct driver_ops host_device_driver = {.name = "host_device", .open = host_device_open, FILE_OPS};
+const struct driver_ops host_device_driver = {
+    .name = "host_device", .open = host_device_open, FILE_OPS};

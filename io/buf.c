@@ -2,9 +2,9 @@
 /* Data buffers: page-aligned, in classes of 4 KiB to 2 MiB by powers of two, kept per loop.
  *
  * A buffer goes to the pool of the loop that frees it, so neither side takes a lock; a loop that
- * only frees what others get holds at most POOL_BYTES. Sizes above the largest class, and what a
- * thread that is no loop gets and puts, go to the allocator. A free buffer holds its link in its
- * first bytes.
+ * only frees what others get holds at most POOL_BYTES, its region included. Sizes above the largest
+ * class, and what a thread that is no loop gets and puts, go to the allocator. A free buffer holds
+ * its link in its first bytes.
  *
  * A loop may have a *region* (buf_region_start), whose memory its engine knows in advance: I/O with
  * it costs less. It is a range of addresses, cut into slabs. A slab is given to one class when that
@@ -83,6 +83,20 @@ int buf_region_slab(struct loop *l, const void *p, size_t len)
     return inside ? (int)slab : -1;
 }
 
+/* What the pool of `l` keeps. */
+static void drop_free(struct loop *l)
+{
+    if (!l->bufs)
+        return;
+    for (unsigned c = 0; c < N_CLASSES; c++)
+        while (l->bufs->classes[c]) {
+            struct free_buf *b = l->bufs->classes[c];
+            l->bufs->classes[c] = b->next;
+            mem_free(b);
+        }
+    l->bufs->bytes = 0;
+}
+
 int buf_region_start(struct loop *l,
                      int (*add)(struct loop *, unsigned slab, void *base, size_t len))
 {
@@ -99,6 +113,7 @@ int buf_region_start(struct loop *l,
         mem_free(r);
         return -ENOMEM;
     }
+    drop_free(l); /* they would lie there unused for ever */
     r->add = add;
     r->max_slabs = BUF_REGION_SLABS;
     atomic_store_explicit(&l->region, r, memory_order_release);
@@ -147,6 +162,12 @@ static void *region_get(struct loop *l, struct buf_region *r, unsigned c)
     if (b)
         r->free[c] = b->next;
     return b;
+}
+
+static size_t region_bytes(struct loop *l)
+{
+    struct buf_region *r = atomic_load_explicit(&l->region, memory_order_relaxed);
+    return r ? (size_t)r->n_slabs * BUF_SLAB_BYTES : 0;
 }
 
 /* False: it is of no region. */
@@ -217,7 +238,7 @@ void io_buf_put(void *buf, size_t len)
         return;
     if (!l->bufs)
         l->bufs = mem_zalloc(sizeof *l->bufs);
-    if (!l->bufs || l->bufs->bytes + class_size(c) > POOL_BYTES) {
+    if (!l->bufs || l->bufs->bytes + class_size(c) > POOL_BYTES - region_bytes(l)) {
         mem_free(buf);
         return;
     }
@@ -230,14 +251,7 @@ void io_buf_put(void *buf, size_t len)
 void buf_pool_free(struct loop *l)
 {
     region_free(l);
-    if (!l->bufs)
-        return;
-    for (unsigned c = 0; c < N_CLASSES; c++)
-        while (l->bufs->classes[c]) {
-            struct free_buf *b = l->bufs->classes[c];
-            l->bufs->classes[c] = b->next;
-            mem_free(b);
-        }
+    drop_free(l);
     mem_free(l->bufs);
     l->bufs = NULL;
 }

@@ -81,16 +81,17 @@ static co_fn int run_op(struct ring_loop *e, struct io_uring_sqe *sqe, struct ri
     return op->result;
 }
 
-/* ------------------------------------------------------------------ registered buffers
+/* ------------------------------------------------------------------ registered buffers */
+
+/* The kernel pins the pages of each direct request anew, those of registered buffers only once.
+ * Measured (Linux 6.18, ext4, depth 64, CPU time of the issuer for a read, without and with): 4 KiB
+ * 3.6 and 3.2 us, 64 KiB 5.0 and 3.2 us. But registered memory is resident, counts against
+ * RLIMIT_MEMLOCK, and a slab of 1 MiB takes half a millisecond: so a loop begins with it only when
+ * it does direct I/O in earnest, and where the limit or an old kernel refuses it goes on without.
  *
- * For direct I/O the kernel pins the pages of a request, for each request anew. With buffers that
- * are registered it does so once: that saves about a tenth of the engine's CPU time at 4 KiB and a
- * third at 64 KiB. Registered memory is resident and counts against RLIMIT_MEMLOCK, and a slab of
- * 1 MiB takes half a millisecond: so a loop begins with it only when it does direct I/O in earnest,
- * and if the limit or an old kernel refuses, it goes on without.
- *
- * Descriptors are not registered, nor is the ring's: on Linux 6.18 either saves less than 0.1 us,
- * 1 % of a direct request, and a table of descriptors must follow every close on every ring. */
+ * Descriptors are not registered, nor is the ring's own: the first saves 0.07 us a request, the
+ * second 0.05 us a system call, 1 % of the least a request costs, and a table of descriptors would
+ * have to hear of every close on every ring. */
 
 enum { EARNEST = 256 };
 
@@ -170,8 +171,14 @@ static int uring_arm(struct real_sock *s, int dir)
     return 0;
 }
 
-/* shutdown(2) ends it like any receive. It comes here when there is nothing yet, or when that was
- * so the last times: then waiting first saves the kernel a vain look. */
+/* shutdown(2) ends it like any receive. Nothing was there a moment ago: waiting first saves the
+ * kernel a vain look. (To go without that look of ours, too, when it was in vain the last times,
+ * measured 4 % worse.)
+ *
+ * Not multishot: what arrives must lie where the session wants it, and a multishot receive puts it
+ * into buffers that the kernel picks. Measured (Linux 6.18, UNIX socket, one message and one reply
+ * at a time, CPU time of the receiver, single and multishot): 28 bytes 5.5 and 5.4 us, 4 KiB 6.1
+ * and 6.1 us, 64 KiB with the copy 10.1 and 12.1 us. Arming costs no system call of its own. */
 static co_fn ssize_t uring_recv(struct real_sock *s, void *buf, size_t len)
 {
     struct ring_loop *e = engine_of(loop_self());

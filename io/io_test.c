@@ -4,14 +4,17 @@
  * check with CHECK, which works on any loop. */
 #include <errno.h>
 #include <limits.h>
+#include <linux/capability.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -336,6 +339,85 @@ static void buffers_body(struct io *io)
     io_buf_put(NULL, 1);
 }
 
+/* An engine that knows two slabs and no more. */
+static int add_two(struct loop *l, unsigned slab, void *base, size_t len)
+{
+    CHECK(l == loop_self() && len == BUF_SLAB_BYTES && ((uintptr_t)base & 4095) == 0);
+    return slab < 2 ? 0 : -ENOMEM;
+}
+
+static void put_far_256k(void *buf)
+{
+    io_buf_put(buf, 256 * KIB);
+}
+
+static void region_body(struct io *io)
+{
+    enum { SIZE = 256 * KIB, A_SLAB = BUF_SLAB_BYTES / SIZE, N = 3 * A_SLAB };
+    struct loop *l = loop_self();
+    char *buf[N];
+    for (unsigned fail = 1; fail <= 2; fail++) {
+        mem_fail_after(fail);
+        CHECK_EQ(buf_region_start(l, add_two), -ENOMEM);
+        mem_fail_after(0);
+    }
+    CHECK_EQ(buf_region_start(l, add_two), 0);
+    for (unsigned i = 0; i < N; i++) {
+        buf[i] = io_buf_get(SIZE);
+        CHECK(buf[i]);
+        memset(buf[i], (int)i, SIZE);
+        CHECK_EQ(buf_region_slab(l, buf[i], SIZE), i < 2 * A_SLAB ? (int)i / A_SLAB : -1);
+    }
+    for (unsigned i = 0; i < N; i++) /* nobody got what another has */
+        CHECK(buf[i][0] == (char)i && !memcmp(buf[i], buf[i] + 1, SIZE - 1));
+    CHECK_EQ(buf_region_slab(l, buf[0], BUF_SLAB_BYTES), 0);
+    CHECK_EQ(buf_region_slab(l, buf[0] + 1, BUF_SLAB_BYTES), -1); /* reaches into the next */
+    CHECK_EQ(buf_region_slab(l, buf[0], 0), -1);
+    CHECK_EQ(buf_region_slab(l, buf[A_SLAB] + SIZE, BUF_SLAB_BYTES), -1);
+    CHECK_EQ(buf_region_slab(io_loop(io, 1), buf[0], SIZE), -1);
+    /* Whoever puts it, a buffer comes back to its region, and to no other list. */
+    for (unsigned i = 0; i < N; i++)
+        loop_call(io_loop(io, i % N_LOOPS), put_far_256k, buf[i]);
+    for (unsigned i = 0; i < N; i++) {
+        buf[i] = io_buf_get(SIZE);
+        CHECK((buf_region_slab(l, buf[i], SIZE) >= 0) == (i < 2 * A_SLAB));
+    }
+    void *other = io_buf_get(2 * MIB); /* larger than a slab */
+    CHECK(other && buf_region_slab(l, other, 1) < 0);
+    io_buf_put(other, 2 * MIB);
+    for (unsigned i = 0; i < N; i++)
+        io_buf_put(buf[i], SIZE);
+}
+
+static int add_any(struct loop *l, unsigned slab, void *base, size_t len)
+{
+    return 0;
+}
+
+/* One class leaves slabs for the others. */
+static void region_share_body(struct io *io)
+{
+    enum { N = BUF_REGION_SLABS };
+    struct loop *l = loop_self();
+    void *large[N], *small[2];
+    unsigned n_inside = 0;
+    CHECK_EQ(buf_region_start(l, add_any), 0);
+    for (unsigned i = 0; i < N; i++) {
+        large[i] = io_buf_get(MIB);
+        CHECK(large[i]);
+        n_inside += buf_region_slab(l, large[i], MIB) >= 0;
+    }
+    CHECK(n_inside > 0 && n_inside < N);
+    for (unsigned i = 0; i < 2; i++) {
+        small[i] = io_buf_get(4 * KIB << 4 * i);
+        CHECK(buf_region_slab(l, small[i], 4 * KIB << 4 * i) >= 0);
+    }
+    for (unsigned i = 0; i < 2; i++)
+        io_buf_put(small[i], 4 * KIB << 4 * i);
+    for (unsigned i = 0; i < N; i++)
+        io_buf_put(large[i], MIB);
+}
+
 /* ------------------------------------------------------------------ files */
 
 static void fill(unsigned char *p, size_t n, unsigned seed)
@@ -547,6 +629,113 @@ static void direct_body(struct io *io)
     io_close(f);
     io_buf_put(a, N);
     io_buf_put(b, N);
+}
+
+/* Enough direct I/O that loops register buffers: what is read is what was written, and a buffer
+ * that another loop has freed is as good as any. */
+enum { DIRECT_USERS = 6, DIRECT_ROUNDS = 150, DIRECT_MAX = 256 * KIB };
+struct direct_user {
+    struct co_group *group;
+    struct io_file *file;
+    struct io *io;
+    unsigned id;
+};
+struct far_put {
+    void *buf;
+    size_t len;
+};
+
+static void put_far_len(void *arg)
+{
+    struct far_put *p = arg;
+    io_buf_put(p->buf, p->len);
+}
+
+static void direct_round(struct direct_user *u, unsigned round)
+{
+    size_t len = 4096u << (round + u->id) % 7;
+    uint64_t off = (uint64_t)u->id * DIRECT_MAX;
+    unsigned char *a = io_buf_get(len), *b = io_buf_get(len);
+    CHECK(a && b);
+    fill(a, len, u->id + round);
+    struct iovec w = {a, len}, r = {b, len};
+    CHECK_EQ(io_pwritev(u->file, &w, 1, off, round % 32 == 0 ? IO_DSYNC : 0), len);
+    CHECK_EQ(io_preadv(u->file, &r, 1, off), len);
+    CHECK(!memcmp(a, b, len));
+    io_buf_put(a, len);
+    struct far_put far = {b, len};
+    loop_call(io_loop(u->io, round % N_LOOPS), put_far_len, &far);
+}
+
+static void direct_user_main(void *arg)
+{
+    struct direct_user *u = arg;
+    for (unsigned round = 0; round < DIRECT_ROUNDS; round++)
+        direct_round(u, round);
+    co_group_done(u->group);
+}
+
+static void direct_heavy_body(struct io *io)
+{
+    struct co_group group = CO_GROUP_INIT;
+    struct direct_user users[DIRECT_USERS];
+    struct io_file *f = NULL;
+    int r = io_open(in_dir("direct"), O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600, &f);
+    if (r == -EINVAL) {
+        fprintf(stderr, "no O_DIRECT in %s\n", test_dir);
+        return;
+    }
+    CHECK_EQ(r, 0);
+    CHECK_EQ(io_truncate(f, DIRECT_USERS * (uint64_t)DIRECT_MAX), 0);
+    co_group_add(&group, DIRECT_USERS);
+    for (unsigned i = 0; i < DIRECT_USERS; i++) {
+        users[i] = (struct direct_user){.group = &group, .file = f, .io = io, .id = i};
+        CHECK_EQ(loop_spawn(io_loop(io, i % N_LOOPS), direct_user_main, &users[i]), 0);
+    }
+    co_group_wait(&group);
+    /* Errors come through the same way. */
+    unsigned char *buf = io_buf_get(4096);
+    struct iovec v = {buf + 1, 512};
+    CHECK_EQ(io_preadv(f, &v, 1, 1), -EINVAL);
+    v = (struct iovec){buf, 4096};
+    CHECK_EQ(io_preadv(f, &v, 1, DIRECT_USERS * (uint64_t)DIRECT_MAX), 0);
+    io_close(f);
+    CHECK_EQ(io_open(in_dir("direct"), O_RDONLY | O_DIRECT, 0, &f), 0);
+    CHECK_EQ(io_pwritev(f, &v, 1, 0, 0), -EBADF);
+    io_close(f);
+    io_buf_put(buf, 4096);
+}
+
+/* The right to pin memory without limit, taken from this thread and given back. */
+static void limit_pinning(bool on)
+{
+    static rlim_t soft;
+    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct cap[2];
+    struct rlimit lim;
+    unsigned bit = 1u << CAP_IPC_LOCK;
+    assert_int_equal(syscall(SYS_capget, &head, cap), 0);
+    cap[0].effective = on ? cap[0].effective & ~bit : cap[0].effective | (cap[0].permitted & bit);
+    assert_int_equal(syscall(SYS_capset, &head, cap), 0);
+    assert_int_equal(getrlimit(RLIMIT_MEMLOCK, &lim), 0);
+    if (on)
+        soft = lim.rlim_cur;
+    lim.rlim_cur = on ? MIN(soft, (rlim_t)MIB + MIB / 2) : soft;
+    assert_int_equal(setrlimit(RLIMIT_MEMLOCK, &lim), 0);
+}
+
+static void direct_heavy_limited_portable(void **state)
+{
+    limit_pinning(true);
+    run_on(IO_PORTABLE, direct_heavy_body);
+    limit_pinning(false);
+}
+
+static void direct_heavy_limited_uring(void **state)
+{
+    limit_pinning(true);
+    run_on(IO_URING, direct_heavy_body);
+    limit_pinning(false);
 }
 
 /* A sync that fails, fails for good. /dev/full cannot be synced. */
@@ -786,6 +975,34 @@ static void many_at_once_body(struct io *io)
         many_at_once(io, g);
         io_close(g);
     }
+}
+
+/* ------------------------------------------------------------------ looking before sleeping */
+
+/* Long waits end the looking, a busy machine forbids it, and nothing makes it longer than the cap.
+ */
+static void spin_learns_body(struct io *io)
+{
+    enum { CAP_NS = 100000, ROUNDS = 20 };
+    struct real_loop *rl = loop_self()->engine;
+    CHECK_EQ(rl->spin_ns[0], 0);
+    rl->waits++; /* as if a client were connected */
+    rl->load_at = UINT64_MAX;
+    rl->machine_busy = true;
+    rl->spin_ns[0] = rl->spin_ns[1] = CAP_NS;
+    for (unsigned i = 0; i < ROUNDS; i++)
+        io_sleep(1000000);
+    CHECK_EQ(rl->spin_ns[0], CAP_NS);
+    rl->machine_busy = false;
+    for (unsigned i = 0; i < ROUNDS; i++)
+        io_sleep(1000000);
+    CHECK_EQ(rl->spin_ns[0], 0);
+    CHECK_EQ(rl->spin_ns[1], CAP_NS); /* no file was waited for */
+    for (unsigned i = 0; i < 10 * ROUNDS; i++) {
+        io_sleep(1000);
+        CHECK(rl->spin_ns[0] <= CAP_NS);
+    }
+    rl->waits--;
 }
 
 /* ------------------------------------------------------------------ sockets */
@@ -1201,6 +1418,8 @@ ON_BOTH(timers)
 ON_BOTH(event_sticky)
 ON_BOTH(event_race)
 ON_BOTH(buffers)
+ON_BOTH(region)
+ON_BOTH(region_share)
 ON_BOTH(file)
 ON_BOTH(many_pieces)
 ON_BOTH(zero)
@@ -1208,12 +1427,14 @@ ON_BOTH(copy)
 ON_BOTH(lock)
 ON_BOTH(names)
 ON_BOTH(direct)
+ON_BOTH(direct_heavy)
 ON_BOTH(sticky_sync)
 ON_BOTH(writers)
 ON_BOTH(flushers)
 ON_BOTH(role)
 ON_BOTH(slow)
 ON_BOTH(many_at_once)
+ON_BOTH(spin_learns)
 ON_BOTH(echo_unix)
 ON_BOTH(echo_tcp)
 ON_BOTH(listen_errors)
@@ -1258,6 +1479,8 @@ int main(int argc, char **argv)
         BOTH(event_sticky),
         BOTH(event_race),
         BOTH(buffers),
+        BOTH(region),
+        BOTH(region_share),
         BOTH(file),
         BOTH(many_pieces),
         BOTH(zero),
@@ -1265,12 +1488,15 @@ int main(int argc, char **argv)
         BOTH(lock),
         BOTH(names),
         BOTH(direct),
+        BOTH(direct_heavy),
+        BOTH(direct_heavy_limited),
         BOTH(sticky_sync),
         BOTH(writers),
         BOTH(flushers),
         BOTH(role),
         BOTH(slow),
         BOTH(many_at_once),
+        BOTH(spin_learns),
         BOTH(echo_unix),
         BOTH(echo_tcp),
         BOTH(listen_errors),

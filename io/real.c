@@ -3,8 +3,9 @@
  *
  * Before a loop sleeps it may look for completions a while without sleeping: a client that asks
  * for the next block as soon as it has this one is then answered without two context switches. How
- * long is learnt (it grows while looking pays, halves when it does not, up to SPIN_MAX_NS), and
- * nobody spins when the machine has more runnable threads than CPUs. */
+ * long is learnt (it grows while looking pays, halves when it does not, up to SPIN_MAX_NS), apart
+ * for waits on clients and waits on a disk, which take their own times. Nobody spins when the
+ * machine has more runnable threads than CPUs. */
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
@@ -104,21 +105,27 @@ static void relax(void)
 }
 
 /* True: work came while we looked. */
-static bool spin(struct loop *l, uint64_t now, uint64_t deadline)
+static bool spin(struct loop *l, uint64_t now, uint64_t until)
 {
     struct real_io *io = real_of(l->io);
-    struct real_loop *rl = l->engine;
-    uint64_t end = now + rl->spin_ns;
-    while (now < end && now < deadline && !atomic_load(&l->stopping)) {
+    while (now < until && !atomic_load(&l->stopping)) {
         io->be->wait(l, 0);
-        if (loop_has_work(l)) {
-            rl->spin_ns = MIN(rl->spin_ns + rl->spin_ns / 4, (uint64_t)SPIN_MAX_NS);
+        if (loop_has_work(l))
             return true;
-        }
         relax();
         now = real_now(l->io);
     }
     return false;
+}
+
+/* Would looking have caught what ended a wait of `ns`? Yes: begin, or look longer. No: looking was
+ * for nothing. */
+static void learn(uint64_t *spin_ns, uint64_t ns)
+{
+    if (ns < SPIN_MAX_NS)
+        *spin_ns = MIN(MAX(*spin_ns * 2, (uint64_t)SPIN_FIRST_NS), (uint64_t)SPIN_MAX_NS);
+    else
+        *spin_ns /= 2;
 }
 
 /* Nothing is ready: sleep until something is, or the next timer is due. */
@@ -126,26 +133,24 @@ static void idle(struct loop *l)
 {
     struct real_io *io = real_of(l->io);
     struct real_loop *rl = l->engine;
-    uint64_t deadline = loop_next_deadline(l), now = real_now(l->io);
-    bool spinning = may_spin(l, now);
-    if (spinning && rl->spin_ns && spin(l, now, deadline))
-        return;
+    uint64_t deadline = loop_next_deadline(l), start = real_now(l->io), now = start;
+    uint64_t *spin_ns = &rl->spin_ns[rl->requests > 0];
+    bool spinning = may_spin(l, start);
+    if (spinning && *spin_ns) {
+        if (spin(l, start, MIN(start + *spin_ns, deadline))) {
+            *spin_ns = MIN(*spin_ns + *spin_ns / 4, (uint64_t)SPIN_MAX_NS);
+            return;
+        }
+        now = real_now(l->io);
+    }
     if (!loop_may_sleep(l)) {
         io->be->wait(l, 0);
         return;
     }
-    now = real_now(l->io);
     io->be->wait(l, deadline == IO_FOREVER ? IO_FOREVER : deadline > now ? deadline - now : 0);
     loop_awake(l);
-    if (!spinning)
-        return;
-    /* Would looking have caught it? A short sleep says yes: begin, or look longer. A long one
-     * says that looking was for nothing. */
-    uint64_t slept = real_now(l->io) - now;
-    if (slept < SPIN_MAX_NS)
-        rl->spin_ns = MIN(MAX(rl->spin_ns * 2, (uint64_t)SPIN_FIRST_NS), (uint64_t)SPIN_MAX_NS);
-    else
-        rl->spin_ns /= 2;
+    if (spinning)
+        learn(spin_ns, real_now(l->io) - start);
 }
 
 static void loop_main(struct loop *l)

@@ -21,10 +21,11 @@ struct pool_op;
 
 /* First member of an engine's state of one loop (loop->engine). Own thread only. */
 struct real_loop {
-    unsigned waits;    /* directions of sockets that somebody waits for */
-    uint64_t spin_ns;  /* how long to look before sleeping */
-    uint64_t load_at;  /* when the machine's load is read next */
-    bool machine_busy; /* more runnable threads than CPUs */
+    unsigned waits;      /* directions of sockets that somebody waits for */
+    unsigned requests;   /* requests of files that may take a while, under way */
+    uint64_t spin_ns[2]; /* how long to look before sleeping: without and with such requests */
+    uint64_t load_at;    /* when the machine's load is read next */
+    bool machine_busy;   /* more runnable threads than CPUs */
 };
 
 struct real_io;
@@ -227,7 +228,6 @@ struct real_sock {
     char path[108];
     _Atomic bool shut;
     struct io_event ready[2];
-    unsigned untried; /* so many receives are not worth a try before waiting */
     /* For the backend. */
     struct loop *loop; /* where the descriptor is registered, or NULL */
     unsigned armed;    /* bit per direction; on `loop` only */

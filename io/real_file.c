@@ -304,12 +304,14 @@ ssize_t file_do_sync(struct pool_op *op)
 static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iovec *iov, int n,
                                uint64_t off, size_t done, int rwf, bool in_pool)
 {
+    struct real_loop *rl = loop_self()->engine;
     size_t total = iov_bytes(iov, n);
     while (done < total) {
         struct iovec tmp[N_IOV_TMP];
         int k;
         const struct iovec *rest = iov_after(iov, n, done, tmp, &k);
         ssize_t r;
+        rl->requests++;
         if (in_pool) {
             struct pool_op op = file_op(f, POOL_RW);
             op.class = write ? POOL_META : POOL_DATA;
@@ -322,6 +324,7 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
         } else {
             r = file_io(f)->be->rw(f, write, rest, k, off + done, rwf);
         }
+        rl->requests--;
         if (r == -EINTR || r == -EAGAIN)
             continue;
         if (r < 0)
@@ -575,8 +578,12 @@ static co_fn int sync_lead(struct real_file *f)
     int r = f->sync_error;
     spin_unlock(&f->sync_spin);
 
-    if (r == 0)
+    if (r == 0) {
+        struct real_loop *rl = loop_self()->engine;
+        rl->requests++;
         r = file_io(f)->be->sync(f);
+        rl->requests--;
+    }
 
     spin_lock(&f->sync_spin);
     if (r < 0 && !f->direct)

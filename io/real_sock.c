@@ -26,12 +26,7 @@
 #include "base/mem.h"
 #include "io/real.h"
 
-enum {
-    CONNECT_WAIT_S = 10, /* then the peer is taken for dead; a pool thread hangs on it */
-    /* A peer that waits for our reply has sent nothing when we look: after one vain look so many
-     * receives go straight to the backend, which saves a system call of each. */
-    UNTRIED_RECEIVES = 15,
-};
+enum { CONNECT_WAIT_S = 10 }; /* then the peer is taken for dead; a pool thread hangs on it */
 
 static struct real_sock *sock_of(struct io_sock *s)
 {
@@ -203,12 +198,9 @@ co_fn ssize_t real_recv(struct io_sock *sock, void *buf, size_t len, bool now)
     for (;;) {
         if (atomic_load(&s->shut))
             return -ECANCELED;
-        bool waits = !now && s->is_socket && be->recv;
-        ssize_t r = waits && s->untried ? -EAGAIN : recv_once(s, buf, len);
-        if (r == -EAGAIN && waits) {
-            s->untried = s->untried ? s->untried - 1 : UNTRIED_RECEIVES;
+        ssize_t r = recv_once(s, buf, len);
+        if (r == -EAGAIN && !now && s->is_socket && be->recv)
             r = recv_waiting(s, buf, len);
-        }
         if (r != -EAGAIN || now)
             return r == 0 && atomic_load(&s->shut) ? -ECANCELED : r;
         r = wait_ready(s, SOCK_RD);

@@ -31,14 +31,18 @@ static int check_nodes(const struct backup_options *o, struct tide_error *err)
         return tide_fail(err, -EINVAL, "sizes differ: source '%s' has %llu bytes, target '%s' %llu", src,
                          (unsigned long long)node_size(o->source), dst,
                          (unsigned long long)node_size(o->target));
-    return node_check_watch(o->source, err);
+    const char *writer = node_written_alone_by(o->source);
+    if (writer)
+        return tide_fail(err, -EBUSY, "node '%s' is being written by %s", src, writer);
+    return 0;
 }
 
 static int make_roots(struct backup *b, struct tide_error *err)
 {
     const struct backup_options *o = &b->opts;
-    char what[160];
-    snprintf(what, sizeof what, "block job '%s'", o->job.id);
+    mem_autofree char *what = mem_printf("block job '%s'", o->job.id);
+    if (!what)
+        return tide_fail(err, -ENOMEM, "no memory for job '%s'", o->job.id);
     int r = root_new(o->target, ROOT_READ | ROOT_WRITE | ROOT_ALONE, what, &b->spill_root, err);
     if (r < 0)
         return r;
@@ -124,6 +128,8 @@ static int prepare(struct backup *b, struct tide_error *err)
     int r = check_nodes(o, err);
     if (r == 0)
         r = make_roots(b, err);
+    if (r == 0) /* after our own roots: target and source may meet in a node further down */
+        r = node_check_watch(o->source, err);
     if (r < 0)
         return r;
     take_geometry(b);

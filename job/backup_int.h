@@ -75,7 +75,6 @@ struct backup {
     uint64_t n_waits;     /* guest writes that had to wait for memory */
     uint64_t budget_at;   /* rate limit: when the next byte may go */
     uint64_t budget_speed; /* the speed for which that was reckoned */
-    _Atomic bool returned; /* a failed unit went back to `todo` */
 
     _Atomic bool failed; /* stop: an error was reported */
     _Atomic int failure; /* -errno */

@@ -2,8 +2,8 @@
 /* Copy before write: what happens to a guest write while a backup runs (states: backup_int.h).
  *
  * The quick answer for a write that concerns nothing any more reads `todo` and then n_claims; who
- * claims raises n_claims first and clears `todo` after (both seq_cst), so one of the two shows it. Only
- * a unit that failed sets bits of `todo` again; `returned` says so before, and ends the quick way. */
+ * claims raises n_claims first and clears `todo` after (both seq_cst), so one of the two shows it.
+ * No bit of `todo` is ever set again. */
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
@@ -74,20 +74,20 @@ void backup_wake_starving(struct backup *b)
     spin_unlock(&b->lock);
 }
 
-/* Room for one granule of old data. False: none in time, or the job is about to end. */
-static co_fn bool get_room(struct backup *b, uint64_t len)
+/* Room for one granule of old data. `deadline` is that of the whole guest write, 0 until it waits
+ * for the first time. False: none in time, or the job is about to end. */
+static co_fn bool get_room(struct backup *b, uint64_t len, uint64_t *deadline)
 {
-    uint64_t deadline = 0;
     spin_lock(&b->lock);
     while (b->spill_bytes + len > BACKUP_SPILL_MAX && !backup_stopping(b)) {
         struct starving me = {.event = IO_EVENT_INIT};
-        if (!deadline) {
-            deadline = io_now(graph_io(b->graph)) + BACKUP_SPILL_WAIT;
+        if (!*deadline) {
+            *deadline = io_now(graph_io(b->graph)) + BACKUP_SPILL_WAIT;
             b->n_waits++;
         }
         TAILQ_INSERT_TAIL(&b->starving, &me, link);
         spin_unlock(&b->lock);
-        int r = io_event_wait(&me.event, deadline);
+        int r = io_event_wait(&me.event, *deadline);
         spin_lock(&b->lock);
         TAILQ_REMOVE(&b->starving, &me, link);
         if (r < 0)
@@ -108,12 +108,13 @@ static void give_room(struct backup *b, uint64_t len)
 }
 
 /* Read the old data of [off, end) into memory; the claim `mine` keeps other guest writes away. */
-static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after)
+static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after,
+                       uint64_t *deadline)
 {
     uint64_t off = mine->off, len = mine->end - mine->off;
     struct kept *k = NULL;
     int r = -EAGAIN;
-    if (get_room(b, len)) {
+    if (get_room(b, len, deadline)) {
         k = mem_zalloc(sizeof *k);
         if (k)
             k->buf = io_buf_get(len);
@@ -149,7 +150,7 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
 }
 
 /* One granule, before a guest write touches it. */
-static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end)
+static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end, uint64_t *deadline)
 {
     struct claim mine = {.off = off, .end = end, .by_guest = true};
     struct claim *c;
@@ -168,24 +169,24 @@ static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end)
     if (!c && bitmap_unmark(b->todo, off, end - off, graph_retired(b->graph)) < 0)
         backup_break(b, -ENOMEM, "taking a block for a guest write");
     else
-        keep(b, &mine, c);
+        keep(b, &mine, c, deadline);
     backup_claim_end(b, &mine);
 }
 
 void backup_before_write(struct node_hook *h, uint64_t off, uint64_t len)
 {
     struct backup *b = (struct backup *)((char *)h - offsetof(struct backup, hook));
-    uint64_t end = MIN(round_up(off + len, b->granule), b->size);
+    uint64_t end = MIN(round_up(off + len, b->granule), b->size), deadline = 0;
     off = round_down(off, b->granule);
     while (off < end && !backup_stopping(b)) {
         uint64_t run, n;
         bool dirty = bitmap_next_dirty(b->todo, off, end, &run, &n);
-        if (!atomic_load(&b->n_claims) && !atomic_load(&b->returned)) {
+        if (!atomic_load(&b->n_claims)) {
             if (!dirty)
                 return;
             off = round_down(run, b->granule);
         }
-        save_granule(b, off, MIN(off + b->granule, b->size));
+        save_granule(b, off, MIN(off + b->granule, b->size), &deadline);
         off += b->granule;
     }
 }

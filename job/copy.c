@@ -184,35 +184,29 @@ static void progress(struct backup *b, uint64_t len)
     atomic_fetch_add(&b->job.current, len);
 }
 
-static void end_granule(struct backup *b, uint64_t off, uint64_t len, bool ok)
+static void note_copied(struct backup *b, uint64_t off, uint64_t len)
 {
-    if (!ok) {
-        bitmap_mark(b->todo, off, len, graph_retired(b->graph));
-        return;
-    }
     if (bitmap_unmark(b->undone, off, len, graph_retired(b->graph)) < 0)
         log_debug("backup", "no memory to note a copied block: it counts as not copied");
     progress(b, len);
 }
 
-/* The unit is over. Granules whose old data a guest write has kept meanwhile are not ours any more:
- * the kept copy follows. What failed goes back to `todo`. From `ending` on guests that meet the claim
- * wait, so that none keeps a granule between our look and our note. */
-static void end_unit(struct backup *b, struct claim *c, bool ok)
+/* The unit is on the target. Granules whose old data a guest write has kept meanwhile are not ours any
+ * more: the kept copy follows. From `ending` on guests that meet the claim wait, so that none keeps a
+ * granule between our look and our note. */
+static void end_unit(struct backup *b, struct claim *c)
 {
     bool kept[BACKUP_UNIT_MAX / BACKUP_GRANULE_MIN];
     unsigned n = 0;
     spin_lock(&b->lock);
     c->ending = true;
-    if (!ok)
-        atomic_store(&b->returned, true);
     for (uint64_t off = c->off; off < c->end; off += b->granule)
         kept[n++] = is_kept(b, c, off);
     spin_unlock(&b->lock);
     n = 0;
     for (uint64_t off = c->off; off < c->end; off += b->granule) {
         if (!kept[n++])
-            end_granule(b, off, MIN(b->granule, c->end - off), ok);
+            note_copied(b, off, MIN(b->granule, c->end - off));
     }
     backup_claim_end(b, c);
 }
@@ -275,30 +269,44 @@ static co_fn int copy_unit(struct backup *b, const struct claim *c, bool *read)
     return 0;
 }
 
+/* Copy a unit, again and again while the error policy says so. It stays claimed all the while: a
+ * granule that went back to `todo` could be kept by a guest write and copied, newer, after that. Admitted
+ * on call and on return. */
+static co_fn void do_unit(struct worker *w, struct claim *c)
+{
+    struct backup *b = w->backup;
+    bool read = false;
+    int r;
+    while ((r = copy_unit(b, c, &read)) < 0) {
+        root_leave(b->unit_root);
+        io_failed(w, read, r);
+        park_while_paused(w);
+        root_enter(b->unit_root);
+        if (backup_stopping(b)) {
+            backup_claim_end(b, c);
+            return;
+        }
+    }
+    end_unit(b, c);
+}
+
 void backup_worker(void *arg)
 {
     struct worker *w = arg;
     struct backup *b = w->backup;
     while (!backup_stopping(b)) {
         struct claim c;
-        bool read = false;
         park_while_paused(w);
         wait_for_budget(w);
         if (backup_stopping(b) || job_wants_pause(&b->job))
             continue;
         root_enter(b->unit_root);
         enum take t = take_unit(b, &c);
-        if (t != TAKE_ONE) {
-            root_leave(b->unit_root);
-            if (t == TAKE_LATER)
-                continue;
-            break;
-        }
-        int r = copy_unit(b, &c, &read);
-        end_unit(b, &c, r == 0);
+        if (t == TAKE_ONE)
+            do_unit(w, &c);
         root_leave(b->unit_root);
-        if (r < 0)
-            io_failed(w, read, r);
+        if (t == TAKE_NONE)
+            break;
         loop_pause();
     }
     atomic_fetch_sub(&b->n_running, 1);
@@ -326,9 +334,14 @@ static void drop_kept(struct backup *b, struct kept *k)
     spin_lock(&b->lock);
     TAILQ_REMOVE(&b->spill, k, link);
     b->spill_bytes -= k->len;
-    s = TAILQ_FIRST(&b->starving);
-    if (s)
+    /* As many as there is room for: each takes its share when its own loop gets to it. */
+    uint64_t room = BACKUP_SPILL_MAX - b->spill_bytes;
+    TAILQ_FOREACH (s, &b->starving, link) {
+        if (room < b->granule)
+            break;
+        room -= b->granule;
         io_event_set(&s->event);
+    }
     spin_unlock(&b->lock);
     io_buf_put(k->buf, k->len);
     mem_free(k);

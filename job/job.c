@@ -21,6 +21,8 @@
 #include "co/sync.h"
 #include "event/event.h"
 
+#define RETRY_NS 500000000u
+
 struct jobs {
     struct graph *graph;
     struct event_bus *bus;
@@ -238,23 +240,34 @@ static void cancel_rest(struct job_group *g)
     }
 }
 
-/* Hold the nodes of all members. A drain that takes too long is tried again: a job has to end. */
-static co_fn struct quiesce *hold_nodes(struct job_group *g)
+static co_fn struct quiesce *try_to_hold(struct job_group *g)
 {
     struct node **nodes = mem_calloc(g->n * 2 + 1, sizeof *nodes);
     struct quiesce *q = NULL;
     struct tide_error err;
     struct job *j;
-    while (!nodes) {
-        io_sleep(100000000);
-        nodes = mem_calloc(g->n * 2 + 1, sizeof *nodes);
-    }
     unsigned n = 0;
+    if (!nodes)
+        return NULL;
     TAILQ_FOREACH (j, &g->members, in_group)
         n += j->ops->nodes(j, nodes + n);
-    while (quiesce_begin(g->jobs->graph, nodes, n, QUIESCE_ALL, &q, &err) < 0)
+    if (quiesce_begin(g->jobs->graph, nodes, n, QUIESCE_WRITES, &q, &err) < 0)
         log_warn("job", "end of job '%s': %s; trying again", TAILQ_FIRST(&g->members)->id, err.msg);
     mem_free(nodes);
+    return q;
+}
+
+/* Take the command lock and hold the nodes of all members. A job has to end, so this is tried again
+ * when draining takes too long; others get the lock in between. */
+static co_fn struct quiesce *hold_nodes(struct job_group *g)
+{
+    struct quiesce *q;
+    graph_lock(g->jobs->graph);
+    while (!(q = try_to_hold(g))) {
+        graph_unlock(g->jobs->graph);
+        io_sleep(RETRY_NS);
+        graph_lock(g->jobs->graph);
+    }
     return q;
 }
 
@@ -280,7 +293,6 @@ static co_fn void finish(struct job_group *g)
     struct jobs *js = g->jobs;
     struct job *j, *next;
     g->refs++;
-    graph_lock(graph);
     struct quiesce *q = hold_nodes(g);
     graph_effects_begin(graph);
     bool ok = !group_failed(g); /* from here on a cancel comes too late */
@@ -293,7 +305,6 @@ static co_fn void finish(struct job_group *g)
         else
             j->ops->abort(j);
     }
-    graph_effects_end(graph);
     quiesce_end(q);
     TAILQ_FOREACH (j, &g->members, in_group)
         j->ops->clean(j);
@@ -304,6 +315,7 @@ static co_fn void finish(struct job_group *g)
         if (j->auto_dismiss)
             dismiss(j);
     }
+    graph_effects_end(graph); /* queries see the end whole: bitmaps moved and jobs concluded */
     graph_unlock(graph);
     job_group_put(g);
     wake_waiters(js);
@@ -314,12 +326,21 @@ static void finish_entry(void *arg)
     finish(arg);
 }
 
+static void begin_finish(struct job_group *g);
+
+static void finish_again(struct loop_msg *m)
+{
+    begin_finish((struct job_group *)((char *)m - offsetof(struct job_group, again)));
+}
+
 static void begin_finish(struct job_group *g)
 {
     g->finishing = true;
     /* Its own coroutine: whoever noticed may hold the command lock. */
-    while (loop_spawn(io_loop(graph_io(g->jobs->graph), 0), finish_entry, g) < 0)
-        log_warn("job", "no memory to end a job: trying again");
+    if (loop_spawn(io_loop(graph_io(g->jobs->graph), 0), finish_entry, g) < 0) {
+        g->again.fn = finish_again; /* no memory just now: others may give some back */
+        loop_post(io_loop(graph_io(g->jobs->graph), 0), &g->again);
+    }
 }
 
 static void group_pending(struct job_group *g)
@@ -376,6 +397,22 @@ static void job_main(void *arg)
     group_check(j->group);
 }
 
+static void job_begin(struct job *j);
+
+static void begin_again(struct loop_msg *m)
+{
+    job_begin((struct job *)((char *)m - offsetof(struct job, again)));
+}
+
+static void job_begin(struct job *j)
+{
+    struct loop *control = io_loop(graph_io(j->jobs->graph), 0);
+    if (loop_spawn(control, job_main, j) < 0) {
+        j->again.fn = begin_again; /* no memory just now: others may give some back */
+        loop_post(control, &j->again);
+    }
+}
+
 void job_announce(struct job *j)
 {
     j->started = true;
@@ -387,8 +424,7 @@ void job_start(struct job *j)
 {
     assert(j->started);
     set_status(j, JOB_RUNNING);
-    while (loop_spawn(io_loop(graph_io(j->jobs->graph), 0), job_main, j) < 0)
-        log_warn("job", "no memory to start job '%s': trying again", j->id);
+    job_begin(j);
 }
 
 void job_fail(struct job *j, const char *fmt, ...)

@@ -71,6 +71,7 @@ struct job_group {
     struct jobs *jobs;
     unsigned n, refs;
     bool pending, finalize, finishing, decided;
+    struct loop_msg again; /* begin_finish() could not get memory */
     TAILQ_HEAD(job_list_head, job) members; /* in order of creation */
 };
 
@@ -89,6 +90,7 @@ struct job {
     int ret;
     char error[400];
     struct io_event kick; /* of the run coroutine */
+    struct loop_msg again; /* job_begin() could not get memory */
     TAILQ_ENTRY(job) link, in_group;
 };
 

@@ -13,7 +13,7 @@
 #include "qmp/instance.h"
 #include "schema/handlers.h"
 
-#define SHA256_MAX_BYTES (4 * GIB)
+#define SHA256_MAX_BYTES (GIB / 2) /* as long as the control loop may be held up by a debug command */
 
 static int no_memory(struct tide_error *err)
 {
@@ -38,9 +38,10 @@ int qmp_blockdev_del(struct qmp_call *call, const struct q_blockdev_del *args, j
 static json_t *bitmap_row(const struct dirty_bitmap *b)
 {
     json_int_t granularity = (json_int_t)1 << bitmap_shift(b->bits);
-    json_t *o = json_pack("{s:s,s:I,s:I,s:b,s:b,s:b}", "name", b->name, "count",
-                          (json_int_t)bitmap_count(b->bits) * granularity, "granularity", granularity,
-                          "recording", b->enabled, "busy", b->n_busy > 0, "persistent", b->persistent);
+    json_t *o =
+        json_pack("{s:s,s:I,s:I,s:b,s:b,s:b}", "name", b->name, "count",
+                  (json_int_t)bitmap_count(b->bits) * granularity, "granularity", granularity,
+                  "recording", b->enabled, "busy", b->n_busy > 0, "persistent", b->persistent);
     if (o && b->inconsistent)
         json_object_set_new(o, "inconsistent", json_true());
     return o;
@@ -74,12 +75,12 @@ static json_t *node_row(struct node *n)
     struct node_info i;
     node_inspect(n, &i);
     json_t *image = image_row(&i);
-    json_t *o = json_pack(
-        "{s:s,s:b,s:s,s:i,s:b,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:{s:b,s:b,s:b},s:i,s:o}", "file",
-        i.filename, "ro", i.read_only, "drv", i.driver, "backing_file_depth", 0, "encrypted", 0,
-        "detect_zeroes", i.detect_zeroes, "bps", 0, "bps_rd", 0, "bps_wr", 0, "iops", 0, "iops_rd", 0,
-        "iops_wr", 0, "cache", "writeback", 1, "direct", i.direct, "no-flush", i.no_flush,
-        "write_threshold", 0, "image", image);
+    json_t *o =
+        json_pack("{s:s,s:b,s:s,s:i,s:b,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:{s:b,s:b,s:b},s:i,s:o}",
+                  "file", i.filename, "ro", i.read_only, "drv", i.driver, "backing_file_depth", 0,
+                  "encrypted", 0, "detect_zeroes", i.detect_zeroes, "bps", 0, "bps_rd", 0, "bps_wr",
+                  0, "iops", 0, "iops_rd", 0, "iops_wr", 0, "cache", "writeback", 1, "direct",
+                  i.direct, "no-flush", i.no_flush, "write_threshold", 0, "image", image);
     if (o)
         json_object_set_new(o, "node-name", json_string(node_name(n)));
     if (o && node_bitmaps(n))
@@ -115,39 +116,49 @@ int qmp_query_named_block_nodes(struct qmp_call *call, const struct q_query_name
     return 0;
 }
 
-struct device_rows {
-    struct graph *graph;
-    json_t *list;
-};
-
-static void add_device_row(void *arg, const char *id, const char *node)
+static void add_pair(void *arg, const char *id, const char *node)
 {
-    struct device_rows *rows = arg;
-    struct node *n = graph_find(rows->graph, node);
-    json_t *o = json_pack("{s:s,s:s,s:b,s:b,s:o}", "device", "", "type", "unknown", "removable", 0,
-                          "locked", 0, "inserted", n ? node_row(n) : NULL);
-    if (!o)
-        return;
-    json_object_set_new(o, "qdev", json_sprintf("/tidemark/export/%s", id));
-    json_array_append_new(rows->list, o);
+    json_array_append_new(arg, json_pack("[ss]", id, node));
 }
 
+static json_t *device_row(struct graph *g, const char *id, const char *node)
+{
+    struct node *n = graph_find(g, node);
+    json_t *o = n ? json_pack("{s:s,s:s,s:b,s:b,s:o}", "device", "", "type", "unknown", "removable",
+                              0, "locked", 0, "inserted", node_row(n))
+                  : NULL;
+    if (o)
+        json_object_set_new(o, "qdev", json_sprintf("/tidemark/export/%s", id));
+    return o;
+}
+
+/* Rows take their time, and an export may end meanwhile: names first. */
 int qmp_query_block(struct qmp_call *call, const struct q_query_block *args, json_t **ret,
                     struct tide_error *err)
 {
-    struct device_rows rows = {call->inst->graph, json_array()};
-    if (!rows.list)
-        return no_memory(err);
-    exports_each_writable(call->inst->exports, add_device_row, &rows);
-    *ret = rows.list;
-    return 0;
+    json_t *pairs = json_array(), *rows = json_array(), *pair;
+    size_t i;
+    if (pairs && rows) {
+        exports_each_writable(call->inst->exports, add_pair, pairs);
+        json_array_foreach (pairs, i, pair) {
+            json_t *row = device_row(call->inst->graph,
+                                     json_string_value(json_array_get(pair, 0)),
+                                     json_string_value(json_array_get(pair, 1)));
+            if (row)
+                json_array_append_new(rows, row);
+        }
+    }
+    json_decref(pairs);
+    *ret = rows;
+    return rows ? 0 : no_memory(err);
 }
 
 int qmp_query_blockstats(struct qmp_call *call, const struct q_query_blockstats *args, json_t **ret,
                          struct tide_error *err)
 {
     if (args->has_query_nodes && args->query_nodes)
-        return tide_fail(err, -ENOTSUP, "statistics of nodes are not kept: leave 'query-nodes' out");
+        return tide_fail(err, -ENOTSUP,
+                         "statistics of nodes are not kept: leave 'query-nodes' out");
     *ret = json_array(); /* as QSD: there are no devices with a name */
     return *ret ? 0 : no_memory(err);
 }
@@ -184,8 +195,9 @@ int qmp_x_debug_block_dirty_bitmap_sha256(struct qmp_call *call,
     if (r < 0)
         return r;
     if (bitmap_size(b->bits) >> bitmap_shift(b->bits) >> 3 > SHA256_MAX_BYTES)
-        return tide_fail(err, -EFBIG, "bitmap '%s' on node '%s' is too large to be hashed at a stroke",
-                         args->name, args->node);
+        return tide_fail(err, -EFBIG,
+                         "bitmap '%s' on node '%s' is too large to be hashed at a stroke",
+                         shown_name(args->name).text, args->node);
     sha256_init(&ctx);
     bitmap_pack(b->bits, hash_bytes, &ctx);
     sha256_digest(&ctx, sizeof digest, digest);
@@ -205,8 +217,9 @@ int qmp_query_dirty_ranges(struct qmp_call *call, const struct q_query_dirty_ran
     if (r < 0)
         return r;
     if (b->inconsistent)
-        return tide_fail(err, -EINVAL, "bitmap '%s' on node '%s' is inconsistent: it can only be removed",
-                         args->name, args->node);
+        return tide_fail(err, -EINVAL,
+                         "bitmap '%s' on node '%s' is inconsistent: it can only be removed",
+                         shown_name(args->name).text, args->node);
     if (args->has_limit && args->limit == 0)
         return tide_fail(err, -EINVAL, "'limit' is 0: ask for at least one range");
     uint64_t size = bitmap_size(b->bits), off = args->offset, run, len;

@@ -70,7 +70,8 @@ static int read_member(struct request *rq, const char *key, json_t *v, bool oob_
     }
     if (!strcmp(key, "id"))
         return 0;
-    return tide_fail(err, -EINVAL, "member '%s' of the request is unexpected", key);
+    return tide_fail(err, -EINVAL, "member '%s' of the request is unexpected",
+                     shown_name(key).text);
 }
 
 static int read_request(json_t *v, struct request *rq, bool oob_allowed, struct tide_error *err)
@@ -110,8 +111,9 @@ static int check_state(const struct request *rq, bool negotiated, struct tide_er
 {
     bool is_caps = !strcmp(rq->name, "qmp_capabilities");
     if (!negotiated && !is_caps)
-        return tide_fail_class(err, TIDE_COMMAND_NOT_FOUND, -EPERM,
-                               "say 'qmp_capabilities' first: capabilities negotiation is expected");
+        return tide_fail_class(
+            err, TIDE_COMMAND_NOT_FOUND, -EPERM,
+            "say 'qmp_capabilities' first: capabilities negotiation is expected");
     if (negotiated && is_caps)
         return tide_fail_class(err, TIDE_COMMAND_NOT_FOUND, -EPERM,
                                "capabilities negotiation is complete already, command ignored");
@@ -163,9 +165,10 @@ static co_fn int carry_out(struct qmp_call *call, const struct request *rq, json
     const struct qmp_command *c = find_command(rq->name);
     if (!c)
         return tide_fail_class(err, TIDE_COMMAND_NOT_FOUND, -ENOENT, "command '%s' not found",
-                               rq->name);
+                               shown_name(rq->name).text);
     if (rq->oob)
-        return tide_fail(err, -EPERM, "command '%s' cannot run out of band: use 'execute'", rq->name);
+        return tide_fail(err, -EPERM, "command '%s' cannot run out of band: use 'execute'",
+                         rq->name);
     json_t *given = rq->arguments ? json_incref(rq->arguments) : json_object();
     r = given ? schema_parse(c->args, given, &call->arena, 0, &args, err)
               : tide_fail(err, -ENOMEM, "no memory for the request");

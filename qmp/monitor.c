@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A client is two coroutines: one reads, cuts values out of the stream and carries out one request
- * after the other; one writes what has been queued. Events are queued from wherever they happen. The
- * queue is a flat buffer; a client that lets it grow past the limit is cut off. */
+ * after the other; one writes what has been queued. Events are queued from wherever they happen.
+ * The queue is a flat buffer; a client that lets it grow past the limit is cut off. */
 #include "qmp/monitor.h"
 
 #include <assert.h>
@@ -19,7 +19,7 @@
 #include "qmp/scan.h"
 
 #define READ_SIZE 65536u
-#define NESTING_MAX 128u /* jansson recurses, and we run on a coroutine's stack */
+#define NESTING_MAX 128u    /* jansson recurses, and we run on a coroutine's stack */
 #define DRAIN_NS 500000000u /* how long the last answers may take to leave at the end */
 
 struct monitor {
@@ -27,7 +27,7 @@ struct monitor {
     struct monitors *all;
     struct io_sock *sock;
     bool pretty, negotiated, oob;
-    bool ending;     /* nothing more is queued */
+    bool ending; /* nothing more is queued */
     bool reader_gone, writer_gone;
     struct scan scan;
     char *out;

@@ -31,7 +31,7 @@ def meson(name, build, *args, env=None, limit=600):
 
 def pytest(name, build, *args, env=None, limit=600):
     junit = os.path.join(OUT, name + '.xml')
-    return Stage(name, [PYTHON, '-m', 'pytest', '-q', '-x' if False else '-ra', '-p', 'no:cacheprovider',
+    return Stage(name, [PYTHON, '-m', 'pytest', '-q', '-ra', '-p', 'no:cacheprovider',
                         '--junitxml', junit, *args],
                  {'TIDEMARK_BUILD': os.path.join(ROOT, build), **(env or {})}, junit, limit)
 
@@ -41,11 +41,12 @@ def stages():
     lists = {'TIDEMARK_FUZZ_LISTS': '100000'} if LONG else {}
     hours = 4 * 3600 if LONG else 600
     return [
-        Stage('tidy', [PYTHON, 'scripts/tidy.py']),
+        Stage('tidy', [PYTHON, 'scripts/tidy.py', *(['--deep'] if LONG else [])], limit=hours),
         meson('unit', 'build-asan', '--suite', 'unit', env=seeds, limit=hours),
         meson('unit-tsan', 'build-tsan', '--suite', 'unit', limit=hours),
         meson('sim', 'build-asan', '--suite', 'sim', env=seeds, limit=hours),
         meson('cross', 'build', '--suite', 'cross'),
+        meson('tool', 'build', '--suite', 'system'),
         pytest('system', 'build-asan', 'tests/system', env=lists, limit=hours),
         pytest('interop', 'build-asan', 'tests/interop'),
         pytest('portable', 'build', 'tests/system', 'tests/interop', env={'TIDEMARK_ENGINE': 'portable'}),

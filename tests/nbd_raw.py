@@ -18,8 +18,8 @@ class Raw:
 
     def __init__(self, path, flags=3):
         self.s = socket.socket(socket.AF_UNIX)
+        self.s.connect(path)  # blocks while the backlog is full
         self.s.settimeout(DEADLINE)
-        self.s.connect(path)
         hello = self.take(18)
         assert hello[:16] == b'NBDMAGICIHAVEOPT'
         self.server_flags = struct.unpack('>H', hello[16:])[0]

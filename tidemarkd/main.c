@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* tidemarkd: parse, perhaps go to the background, start the loops, do what the options say, wait for
- * the end. Forking comes before the first ring, thread or lock. */
+/* tidemarkd: parse, perhaps go to the background, start the loops, do what the options say, wait
+ * for the end. Forking comes before the first ring, thread or lock. */
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -27,13 +27,18 @@ struct daemon {
     struct options *options;
     struct start start;
     struct instance *inst;
-    int ready_fd; /* tells the parent of a --daemonize that we are up; -1: none */
-    bool pidfile_made;
+    int ready_fd;  /* tells the parent of a --daemonize that we are up; -1: none */
+    char *pidfile; /* full path, once it is ours */
     int status;
 };
 
-static void complain(const char *msg)
+/* One line, whatever the words that the message repeats hold. */
+static void complain(char *msg)
 {
+    for (char *p = msg; *p; p++) {
+        if ((unsigned char)*p < 0x20 || *p == 0x7F)
+            *p = '?';
+    }
     fprintf(stderr, "tidemarkd: %s\n", msg);
 }
 
@@ -81,23 +86,40 @@ static void tell_parent(struct daemon *d)
     d->ready_fd = -1;
 }
 
+/* The file stays open and locked while we live: the lock, not the file, says that a daemon runs. */
+static int open_pidfile(const char *path, struct tide_error *err)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    if (fd < 0)
+        return tide_fail(err, -errno, "cannot write the pidfile '%s': %s", path,
+                         tide_strerror(errno));
+    if (fcntl(fd, F_OFD_SETLK, &lock) == 0)
+        return fd;
+    int e = errno;
+    close(fd);
+    if (e == EAGAIN || e == EACCES)
+        return tide_fail(err, -e, "the pidfile '%s' is that of another daemon, which runs", path);
+    return tide_fail(err, -e, "cannot lock the pidfile '%s': %s", path, tide_strerror(e));
+}
+
 static int write_pidfile(struct daemon *d, struct tide_error *err)
 {
     const char *path = d->start.pidfile;
     char text[32];
     if (!path)
         return 0;
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    int fd = open_pidfile(path, err);
+    if (fd < 0)
+        return fd;
     int n = snprintf(text, sizeof text, "%ld\n", (long)getpid());
-    if (fd < 0 || write(fd, text, (size_t)n) != n) {
+    d->pidfile = realpath(path, NULL); /* a daemon in the background leaves this directory */
+    if (!d->pidfile || ftruncate(fd, 0) < 0 || write(fd, text, (size_t)n) != n) {
         int e = errno;
-        if (fd >= 0)
-            close(fd);
+        close(fd);
         return tide_fail(err, -e, "cannot write the pidfile '%s': %s", path, tide_strerror(e));
     }
-    close(fd);
-    d->pidfile_made = true;
-    return 0;
+    return 0; /* fd stays open to the end */
 }
 
 /* ------------------------------------------------------------------ life */
@@ -172,8 +194,9 @@ static int run(struct daemon *d, struct tide_error *err)
         r = io_run(d->io, daemon_main, d);
     if (r < 0)
         tide_fail(err, r, "cannot run the loops: %s", tide_strerror(-r));
-    if (d->pidfile_made)
-        unlink(d->start.pidfile);
+    if (d->pidfile)
+        unlink(d->pidfile);
+    free(d->pidfile);
     io_free(d->io);
     return r;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Reading: getopt_long splits, keyval_parse turns key=value text into JSON, the schema checks it. What
- * has no schema of its own (--chardev, --monitor) is read member by member here. */
+/* Reading: getopt_long splits, keyval_parse turns key=value text into JSON, the schema checks it.
+ * What has no schema of its own (--chardev, --monitor) is read member by member here. */
 #include "tidemarkd/options.h"
 
 #include <errno.h>
@@ -22,6 +22,8 @@
 #include "schema/types.h"
 
 #define JSON_DEPTH 128u /* of options given as JSON: what reads them recurses */
+
+#define SHOWN_MAX 100u
 
 const char options_help[] =
     "Usage: tidemarkd [OPTION]...\n"
@@ -45,7 +47,8 @@ const char options_help[] =
     "  --pidfile FILE          write the process id there\n"
     "  --engine auto|io_uring|portable\n"
     "                          how to do I/O (default: io_uring where it is allowed)\n"
-    "  --loops N               number of threads that serve exports (default: one a CPU, at most 8)\n"
+    "  --loops N               number of threads that serve exports (default: one a CPU, at most "
+    "8)\n"
     "  -h, --help              this text\n"
     "  -V, --version           version\n"
     "\n"
@@ -193,13 +196,15 @@ static int read_monitor(struct options *opts, struct step *s, json_t *o, struct 
     if (r < 0)
         return r;
     if (strcmp(mode, "control"))
-        return tide_fail(err, -ENOTSUP, "monitor mode '%s' is not offered: use control (QMP)", mode);
+        return tide_fail(err, -ENOTSUP, "monitor mode '%s' is not offered: use control (QMP)",
+                         mode);
     for (s->chardev = opts->chardevs; s->chardev; s->chardev = s->chardev->next) {
         if (!strcmp(s->chardev->id, id))
             break;
     }
     if (!s->chardev)
-        return tide_fail(err, -ENOENT, "chardev '%s' not found: give --chardev before --monitor", id);
+        return tide_fail(err, -ENOENT, "chardev '%s' not found: give --chardev before --monitor",
+                         id);
     if (s->chardev->used)
         return tide_fail(err, -EBUSY, "chardev '%s' has a monitor already", id);
     s->chardev->used = true;
@@ -209,12 +214,18 @@ static int read_monitor(struct options *opts, struct step *s, json_t *o, struct 
 /* ------------------------------------------------------------------ one option */
 
 static const struct option long_options[] = {
-    {"blockdev", required_argument, NULL, 'b'},  {"chardev", required_argument, NULL, 'c'},
-    {"daemonize", no_argument, NULL, 'd'},       {"engine", required_argument, NULL, 'E'},
-    {"export", required_argument, NULL, 'e'},    {"help", no_argument, NULL, 'h'},
-    {"loops", required_argument, NULL, 'l'},     {"monitor", required_argument, NULL, 'm'},
-    {"nbd-server", required_argument, NULL, 'n'}, {"object", required_argument, NULL, 'o'},
-    {"pidfile", required_argument, NULL, 'p'},   {"version", no_argument, NULL, 'V'},
+    {"blockdev", required_argument, NULL, 'b'},
+    {"chardev", required_argument, NULL, 'c'},
+    {"daemonize", no_argument, NULL, 'd'},
+    {"engine", required_argument, NULL, 'E'},
+    {"export", required_argument, NULL, 'e'},
+    {"help", no_argument, NULL, 'h'},
+    {"loops", required_argument, NULL, 'l'},
+    {"monitor", required_argument, NULL, 'm'},
+    {"nbd-server", required_argument, NULL, 'n'},
+    {"object", required_argument, NULL, 'o'},
+    {"pidfile", required_argument, NULL, 'p'},
+    {"version", no_argument, NULL, 'V'},
     {NULL, 0, NULL, 0},
 };
 
@@ -244,7 +255,8 @@ static const struct option_kind kinds[] = {
 };
 
 /* JSON on the command line may have single quotes, as on a monitor: the same scanner reads it. */
-static int scan_json(struct options *opts, const char *text, const char **out, struct tide_error *err)
+static int scan_json(struct options *opts, const char *text, const char **out,
+                     struct tide_error *err)
 {
     size_t len = strlen(text);
     struct scan s;
@@ -253,7 +265,8 @@ static int scan_json(struct options *opts, const char *text, const char **out, s
     int r = scan_next(&s, &text, &len, err);
     if (r == 0 || (r > 0 && text[strspn(text, " \t\r\n")]))
         r = tide_fail(err, -EINVAL, "options in JSON: %s",
-                      r == 0 ? "a bracket or quote is not closed" : "there is something behind the object");
+                      r == 0 ? "a bracket or quote is not closed"
+                             : "there is something behind the object");
     else if (r > 0)
         r = (*out = arena_strndup(&opts->arena, s.value, s.value_len))
                 ? 0
@@ -274,7 +287,8 @@ static int spell_out_flags(struct options *opts, const char *text, const char **
         size_t n = strcspn(s, ",");
         while (s[n] == ',' && s[n + 1] == ',') /* a comma inside a value is doubled */
             n += 2 + strcspn(s + n + 2, ",");
-        bool flag = n && s != text && !memchr(s, '=', n), off = flag && n > 2 && !strncmp(s, "no", 2);
+        bool flag = n && s != text && !memchr(s, '=', n),
+             off = flag && n > 2 && !strncmp(s, "no", 2);
         const char *value = off ? "=off" : flag ? "=on" : "";
         p = mempcpy(p, off ? s + 2 : s, off ? n - 2 : n);
         p = mempcpy(p, value, strlen(value));
@@ -286,8 +300,8 @@ static int spell_out_flags(struct options *opts, const char *text, const char **
     return 0;
 }
 
-static int read_text(struct options *opts, const struct option_kind *k, const char *text, json_t **out,
-                     struct tide_error *err)
+static int read_text(struct options *opts, const struct option_kind *k, const char *text,
+                     json_t **out, struct tide_error *err)
 {
     int r = 0;
     if (text[0] == '{')
@@ -295,6 +309,15 @@ static int read_text(struct options *opts, const struct option_kind *k, const ch
     else if (!k->type)
         r = spell_out_flags(opts, text, &text, err);
     return r < 0 ? r : keyval_parse(text, k->implied, out, err);
+}
+
+/* How much of an option's text a message repeats: its beginning, up to a whole character. */
+static int shown(const char *text)
+{
+    size_t n = strnlen(text, SHOWN_MAX);
+    while (n && ((unsigned char)text[n] & 0xC0) == 0x80)
+        n--;
+    return (int)n;
 }
 
 static int read_keyval(struct options *opts, const struct option_kind *k, const char *text,
@@ -315,7 +338,8 @@ static int read_keyval(struct options *opts, const struct option_kind *k, const 
                              err);
     }
     if (r < 0)
-        tide_error_prefix(err, "--%s %s: ", option_name(k->c), text);
+        tide_error_prefix(err, "--%s %.*s%s: ", option_name(k->c), shown(text), text,
+                          text[shown(text)] ? "..." : "");
     else if (k->c != 'c')
         STAILQ_INSERT_TAIL(&opts->steps, s, link);
     json_decref(o);
@@ -324,15 +348,16 @@ static int read_keyval(struct options *opts, const struct option_kind *k, const 
 
 static int read_engine(const char *word, struct start *start, struct tide_error *err)
 {
-    static const char *const words[] = {[IO_AUTO] = "auto", [IO_URING] = "io_uring",
-                                        [IO_PORTABLE] = "portable"};
+    static const char *const words[] = {
+        [IO_AUTO] = "auto", [IO_URING] = "io_uring", [IO_PORTABLE] = "portable"};
     for (unsigned i = 0; i < 3; i++) {
         if (!strcmp(word, words[i])) {
             start->engine = (enum io_kind)i;
             return 0;
         }
     }
-    return tide_fail(err, -EINVAL, "--engine '%s' is not known: use auto, io_uring or portable", word);
+    return tide_fail(err, -EINVAL, "--engine '%s' is not known: use auto, io_uring or portable",
+                     word);
 }
 
 static int read_loops(const char *word, struct start *start, struct tide_error *err)
@@ -383,6 +408,40 @@ static int bad_option(int argc, char **argv, int c, struct tide_error *err)
     return tide_fail(err, -EINVAL, "option '%s' is not known; see --help", word);
 }
 
+/* A daemon in the background leaves this directory, and at its end has to find its sockets again.
+ * One whose full path is too long for a socket's address stays as it was typed. */
+static const char *full_path(struct options *opts, const char *path)
+{
+    char cwd[sizeof(struct io_addr)];
+    size_t max = sizeof(((struct io_addr *)0)->path);
+    if (!path[0] || path[0] == '/' || path[0] == '@' || !getcwd(cwd, sizeof cwd) ||
+        strlen(cwd) + strlen(path) + 2 > max)
+        return path;
+    char *full = arena_alloc(&opts->arena, max);
+    if (full)
+        snprintf(full, max, "%s/%s", cwd, path);
+    return full ? full : path;
+}
+
+static void make_paths_full(struct options *opts)
+{
+    struct step *s;
+    for (struct chardev *c = opts->chardevs; c; c = c->next) {
+        const char *full =
+            c->addr.type == IO_ADDR_UNIX ? full_path(opts, c->addr.path) : c->addr.path;
+        if (full != c->addr.path)
+            snprintf(c->addr.path, sizeof c->addr.path, "%s", full);
+    }
+    STAILQ_FOREACH (s, &opts->steps, link) {
+        if (s->kind != STEP_NBD_SERVER)
+            continue;
+        struct q_socket_address *a = ((struct q_nbd_server_options *)s->args)->addr;
+        if (a->type == Q_SOCKET_ADDRESS_TYPE_UNIX &&
+            !(a->u.unix_.has_abstract && a->u.unix_.abstract))
+            a->u.unix_.path = full_path(opts, a->u.unix_.path);
+    }
+}
+
 int options_parse(int argc, char **argv, struct start *start, struct options **out,
                   struct tide_error *err)
 {
@@ -408,6 +467,8 @@ int options_parse(int argc, char **argv, struct start *start, struct options **o
         options_free(o);
         return r;
     }
+    if (start->daemonize)
+        make_paths_full(o);
     *out = o;
     return 0;
 }

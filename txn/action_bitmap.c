@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The bitmap actions (table in docs/transactions.md): add, remove, clear, enable, disable, merge, and
- * the names of 2018, x-block-dirty-bitmap-*, which do the same with other words.
+/* The bitmap actions (table in docs/transactions.md): add, remove, clear, enable, disable, merge,
+ * and the names of 2018, x-block-dirty-bitmap-*, which do the same with other words.
  *
  * Contents are changed by building the new contents aside and swapping; the old ones are the undo
  * record. Flags remember the old flag. Nothing here yields. */
@@ -30,6 +30,7 @@ struct bitmap_rec {
     struct dirty_bitmap *before; /* remove: what followed it in the list */
     struct bitmap *old;          /* clear, merge: the contents before */
     bool was_enabled;            /* enable, disable */
+    uint64_t generation;         /* clear, merge, enable, disable: the one before */
 };
 
 static void add_unwind(void *p)
@@ -55,6 +56,7 @@ static void contents_unwind(void *p)
 {
     struct bitmap_rec *rec = p;
     bitmap_swap(rec->b->bits, rec->old);
+    rec->b->generation = rec->generation;
     graph_bitmap_free_later(rec->graph, rec->old);
 }
 
@@ -68,6 +70,7 @@ static void enabled_unwind(void *p)
 {
     struct bitmap_rec *rec = p;
     dirty_bitmap_set_enabled(rec->b, rec->was_enabled);
+    rec->b->generation = rec->generation;
 }
 
 static const struct undo_ops add_undo = {add_unwind, NULL};
@@ -85,10 +88,11 @@ static void add_footprint(const struct action *a, struct footprint *f)
 
 static int refuse_persistent(struct node *n, const char *name, struct tide_error *err)
 {
-    return tide_fail(err, -ENOTSUP,
-                     "bitmap '%s' on node '%s' cannot be persistent: this daemon has no store; add it "
-                     "without 'persistent'",
-                     name, node_name(n));
+    return tide_fail(
+        err, -ENOTSUP,
+        "bitmap '%s' on node '%s' cannot be persistent: this daemon has no store; add it "
+        "without 'persistent'",
+        shown_name(name).text, node_name(n));
 }
 
 static int add_prepare(struct txn *t, const struct action *a, struct tide_error *err)
@@ -111,7 +115,8 @@ static int add_prepare(struct txn *t, const struct action *a, struct tide_error 
     if (r == 0)
         r = dirty_bitmap_check_watch(b, err);
     if (r == 0 && (r = tracker_attach(b, n)) < 0)
-        tide_fail(err, r, "no memory for bitmap '%s' on node '%s'", args->name, args->node);
+        tide_fail(err, r, "no memory for bitmap '%s' on node '%s'", shown_name(args->name).text,
+                  args->node);
     if (r < 0) {
         dirty_bitmap_free(b);
         return r;
@@ -121,7 +126,8 @@ static int add_prepare(struct txn *t, const struct action *a, struct tide_error 
     return 0;
 }
 
-/* ------------------------------------------------------------------ one bitmap, no other argument */
+/* ------------------------------------------------------------------ one bitmap, no other argument
+ */
 
 /* remove, clear, enable and disable take the same struct members. */
 static void one_footprint(const struct action *a, struct footprint *f)
@@ -151,8 +157,8 @@ static int clear_prepare(struct txn *t, const struct action *a, struct tide_erro
 {
     const struct q_block_dirty_bitmap_clear *args = a->args;
     struct dirty_bitmap *b;
-    int r = find(t, args->node, args->name,
-                 BITMAP_NOT_BUSY | BITMAP_WRITABLE | BITMAP_CONSISTENT, &b, err);
+    int r = find(t, args->node, args->name, BITMAP_NOT_BUSY | BITMAP_WRITABLE | BITMAP_CONSISTENT,
+                 &b, err);
     if (r < 0)
         return r;
     struct bitmap_rec *rec = txn_reserve(t, &contents_undo, sizeof *rec, err);
@@ -160,10 +166,13 @@ static int clear_prepare(struct txn *t, const struct action *a, struct tide_erro
         return -ENOMEM;
     r = bitmap_new(bitmap_size(b->bits), bitmap_shift(b->bits), &rec->old);
     if (r < 0)
-        return tide_fail(err, r, "no memory to clear bitmap '%s' on node '%s'", args->name, args->node);
+        return tide_fail(err, r, "no memory to clear bitmap '%s' on node '%s'",
+                         shown_name(args->name).text, args->node);
     rec->b = b;
     rec->graph = txn_graph(t);
+    rec->generation = b->generation;
     bitmap_swap(b->bits, rec->old);
+    dirty_bitmap_renew(b);
     txn_arm(t, rec);
     return 0;
 }
@@ -180,7 +189,10 @@ static int set_enabled(struct txn *t, const char *node, const char *name, bool o
         return -ENOMEM;
     rec->b = b;
     rec->was_enabled = b->enabled;
+    rec->generation = b->generation;
     dirty_bitmap_set_enabled(b, on);
+    if (on != rec->was_enabled)
+        dirty_bitmap_renew(b);
     txn_arm(t, rec);
     return 0;
 }
@@ -212,11 +224,11 @@ static int x_disable_prepare(struct txn *t, const struct action *a, struct tide_
 /* ------------------------------------------------------------------ merge */
 
 /* The members of remove, clear, enable, disable and their x- forms lie at the same place. */
-#define SAME_PLACE(other)                                                                                \
-    static_assert(offsetof(struct q_block_dirty_bitmap_remove, node) == offsetof(struct other, node) &&  \
-                      offsetof(struct q_block_dirty_bitmap_remove, name) ==                              \
-                          offsetof(struct other, name),                                                  \
-                  "one_footprint() reads it")
+#define SAME_PLACE(other)                                                                          \
+    static_assert(                                                                                 \
+        offsetof(struct q_block_dirty_bitmap_remove, node) == offsetof(struct other, node) &&      \
+            offsetof(struct q_block_dirty_bitmap_remove, name) == offsetof(struct other, name),    \
+        "one_footprint() reads it")
 SAME_PLACE(q_block_dirty_bitmap_clear);
 SAME_PLACE(q_block_dirty_bitmap_enable);
 SAME_PLACE(q_block_dirty_bitmap_disable);
@@ -249,22 +261,25 @@ static int check_source(struct txn *t, struct dirty_bitmap *target, const struct
 {
     int r = find(t, s->node, s->name, BITMAP_NOT_BUSY | BITMAP_CONSISTENT, out, err);
     if (r == 0 && bitmap_size((*out)->bits) != bitmap_size(target->bits))
-        r = tide_fail(err, -EINVAL,
-                      "bitmap '%s' on node '%s' (disk of %llu bytes) does not fit bitmap '%s' on node "
-                      "'%s' (disk of %llu bytes)",
-                      s->name, s->node, (unsigned long long)bitmap_size((*out)->bits), target->name,
-                      node_name(target->node), (unsigned long long)bitmap_size(target->bits));
+        r = tide_fail(
+            err, -EINVAL,
+            "bitmap '%s' on node '%s' (disk of %llu bytes) does not fit bitmap '%s' on node "
+            "'%s' (disk of %llu bytes)",
+            shown_name(s->name).text, s->node, (unsigned long long)bitmap_size((*out)->bits),
+            shown_name(target->name).text, node_name(target->node),
+            (unsigned long long)bitmap_size(target->bits));
     return r;
 }
 
-/* All sources are checked before the first bit is merged. The merge goes into a clone that shares the
- * target's pages; the target's old directory is the undo record. */
+/* All sources are checked before the first bit is merged. The merge goes into a clone that shares
+ * the target's pages; the target's old directory is the undo record. */
 static int merge(struct txn *t, const char *node, const char *name,
                  struct source (*at)(const void *args, size_t i), const void *args, size_t n,
                  struct tide_error *err)
 {
     struct dirty_bitmap *target, *source;
-    int r = find(t, node, name, BITMAP_NOT_BUSY | BITMAP_WRITABLE | BITMAP_CONSISTENT, &target, err);
+    int r =
+        find(t, node, name, BITMAP_NOT_BUSY | BITMAP_WRITABLE | BITMAP_CONSISTENT, &target, err);
     for (size_t i = 0; r == 0 && i < n; i++) {
         struct source s = at(args, i);
         r = check_source(t, target, &s, &source, err);
@@ -284,10 +299,12 @@ static int merge(struct txn *t, const char *node, const char *name,
     }
     if (r < 0) {
         graph_bitmap_free_later(txn_graph(t), rec->old);
-        return tide_fail(err, r, "no memory to merge into bitmap '%s' on node '%s'", name, node);
+        return tide_fail(err, r, "no memory to merge into bitmap '%s' on node '%s'",
+                         shown_name(name).text, node);
     }
     rec->b = target;
     rec->graph = txn_graph(t);
+    rec->generation = target->generation;
     bitmap_swap(target->bits, rec->old);
     txn_arm(t, rec);
     return 0;

@@ -3,6 +3,7 @@
 bounded, and the daemon ends with 0 (the fixture checks all three after each test)."""
 import os
 import random
+import re
 import socket
 import struct
 import time
@@ -18,13 +19,27 @@ HELLO = b'IHAVEOPT'
 
 
 def memory(d):
-    """Resident bytes that are the daemon's own (not pages of files)."""
+    """Resident bytes that are the daemon's own (not pages of files); 0 where a sanitizer adds its."""
+    with open(f'/proc/{d.proc.pid}/maps') as f:
+        if re.search('lib[at]san', f.read()):
+            return 0
     with open(f'/proc/{d.proc.pid}/status') as f:
         return next(int(line.split()[1]) for line in f if line.startswith('RssAnon')) * KiB
 
 
 def descriptors(d):
     return len(os.listdir(f'/proc/{d.proc.pid}/fd'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def silent():
+    """A client that says nothing more, from the beginning of this file to its last test."""
+    with Daemon() as daemon:
+        fill(daemon.add_disk('disk', SIZE), MiB)
+        daemon.export('disk')
+        c = Raw(daemon.nbd_path)
+        c.send(HELLO)
+        yield daemon, c
 
 
 @pytest.fixture
@@ -39,7 +54,7 @@ def d():
         yield daemon
         normal_client(daemon)
         until('all connections are closed', lambda: descriptors(daemon) <= before)
-        assert memory(daemon) < 400 * MiB
+        assert memory(daemon) < 64 * MiB
 
 
 def normal_client(d):
@@ -151,18 +166,6 @@ def test_endless_haggling_ends(d):
     with pytest.raises((EOFError, BrokenPipeError, ConnectionResetError)):
         for _ in range(1_000_000):
             c.option(3)
-
-
-def test_a_silent_client_is_cut_off_in_the_handshake():
-    """Within the handshake's 10 s; others go on meanwhile."""
-    with Daemon() as d:
-        fill(d.add_disk('disk', SIZE), MiB)
-        d.export('disk')
-        c = Raw(d.nbd_path)
-        c.s.settimeout(15)
-        c.send(HELLO)
-        normal_client(d)
-        assert c.at_end()
 
 
 # ---------------------------------------------------------------- transmission
@@ -368,3 +371,11 @@ def test_quit_with_hostile_clients_connected():
         conns += [half, lazy, writer]
         d.cmd('quit')
         assert d.proc.wait(10) == 0
+
+
+def test_a_silent_client_is_cut_off_in_the_handshake(silent):
+    """Within the handshake's 10 s, most of which have passed by now; others go on meanwhile."""
+    d, c = silent
+    normal_client(d)
+    c.s.settimeout(15)
+    assert c.at_end()

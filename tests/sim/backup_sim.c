@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Backups under load, with faults. Guests write to one or two disks all the time; round after round their
- * backups are begun in one transaction, alone or as a group, full or by bitmap, with every error policy;
- * the control client pauses, resumes, slows and cancels them; reads of the source and anything of the
- * target fail or hang.
+/* Backups under load, with faults. Guests write to one or two disks all the time; round after round
+ * their backups are begun in one transaction, alone or as a group, full or by bitmap, with every
+ * error policy; the control client pauses, resumes, slows and cancels them; reads of the source and
+ * anything of the target fail or hang.
  *
- * Whatever happens: a backup that ends well is the disk as it was when the transaction took effect, and is
- * durable when the client hears of it; a bitmap holds afterwards what the contract's table of outcomes
- * says, so that the next incremental backup is whole again, however many failed before it; and no guest
- * notices a target that fails or hangs. */
-#include "bits.h"
+ * Whatever happens: a backup that ends well is the disk as it was when the transaction took effect,
+ * and is durable when the client hears of it; a bitmap holds afterwards what the contract's table
+ * of outcomes says, so that the next incremental backup is whole again, however many failed before
+ * it; and no guest notices a target that fails or hangs. */
+#include "list.h"
 
 #include <errno.h>
 #include <string.h>
@@ -16,8 +16,6 @@
 #define MAX_SETS 2u
 #define UNIT 65536u /* what backups copy at a time */
 #define GUEST_LIMIT SECOND
-
-enum mode { NO_BITMAP, ON_SUCCESS, NEVER, ALWAYS };
 
 struct way {
     const char *sync;
@@ -28,11 +26,11 @@ struct way {
 struct set {
     unsigned disk;
     struct bits *b;
-    char target[8];
-    bool synced;          /* target and bitmap stand for a backup: an incremental one may follow */
-    bool sure;            /* the target is the disk between ticks q and r, durably */
-    bool flush_fails;     /* a fault that is planned for this round */
-    bool target_is_lost;  /* a flush may have failed: it has to be opened again */
+    char target[8], bitmap[8];
+    bool synced;         /* target and bitmap stand for a backup: an incremental one may follow */
+    bool sure;           /* the target is the disk between ticks q and r, durably */
+    bool flush_fails;    /* a fault that is planned for this round */
+    bool target_is_lost; /* a flush may have failed: it has to be opened again */
     struct way way;
     uint64_t q, r;
     char id[16];
@@ -44,7 +42,7 @@ struct backup_state {
     struct crowd crowd;
     struct book book;
     struct set set[MAX_SETS];
-    unsigned n_sets, n_jobs;
+    unsigned n_sets, n_disks, n_jobs;
     bool grouped, source_faults, all_must_end_well;
     unsigned n_good, n_failed, n_cancelled;
 };
@@ -66,21 +64,25 @@ static void backup_prepare(struct world *w, struct sim_config *cfg)
     t->n_sets = 1 + (unsigned)chance_below(dice, MAX_SETS);
     t->source_faults = chance_one_in(dice, 4);
     cfg->direct_align = chance_one_in(dice, 2) ? 4096 : 512;
-    for (unsigned i = 0; i < t->n_sets; i++) {
-        struct set *s = &t->set[i];
+    t->n_disks = chance_one_in(dice, 3) ? 1 : t->n_sets; /* else both are of one disk */
+    for (unsigned i = 0; i < t->n_disks; i++) {
         char node[8], file[8];
         uint64_t size = SECTOR * (400 + chance_below(dice, 5000));
         snprintf(node, sizeof node, "d%u", i);
         snprintf(file, sizeof file, "f%u", i);
-        snprintf(s->target, sizeof s->target, "t%u", i);
-        s->disk = i;
         struct disk *d = crowd_add_disk(&t->crowd, node, file, size);
-        CHECK(sim_file_write(w->disk, s->target, "", 1, size - 1) == 0);
         d->stripe = stripes[chance_below(dice, 5)];
         d->unmap = chance_one_in(dice, 2);
         d->direct = chance_one_in(dice, 4);
         d->may_fail = t->source_faults; /* guests read it too */
         d->limit_ns = t->source_faults ? 0 : GUEST_LIMIT;
+    }
+    for (unsigned i = 0; i < t->n_sets; i++) {
+        struct set *s = &t->set[i];
+        s->disk = i % t->n_disks;
+        snprintf(s->target, sizeof s->target, "t%u", i);
+        snprintf(s->bitmap, sizeof s->bitmap, "b%u", i);
+        CHECK(sim_file_write(w->disk, s->target, "", 1, t->crowd.disk[s->disk].size - 1) == 0);
     }
 }
 
@@ -88,19 +90,21 @@ static co_fn void open_target(struct backup_state *t, struct set *s)
 {
     struct chance *dice = &t->crowd.w->chance;
     world_add_file(t->crowd.w, s->target, s->target,
-                   chance_one_in(dice, 4) ? ",\"discard\":\"unmap\",\"cache\":{\"direct\":true}" : "");
+                   chance_one_in(dice, 4) ? ",\"discard\":\"unmap\",\"cache\":{\"direct\":true}"
+                                          : "");
 }
 
 static co_fn void set_up(struct world *w)
 {
     struct backup_state *t = state_of(w);
     world_start_nbd(w);
+    for (unsigned i = 0; i < t->n_disks; i++)
+        crowd_open_disk(&t->crowd, i, 1 + (unsigned)chance_below(&w->chance, 4));
     for (unsigned i = 0; i < t->n_sets; i++) {
         struct set *s = &t->set[i];
-        crowd_open_disk(&t->crowd, i, 1 + (unsigned)chance_below(&w->chance, 4));
         open_target(t, s);
-        s->b = book_place(&t->book, i, "b");
-        s->may = calloc(1, t->crowd.disk[i].size / SECTOR + 1);
+        s->b = book_place(&t->book, s->disk, s->bitmap);
+        s->may = calloc(1, t->crowd.disk[s->disk].size / SECTOR + 1);
         CHECK(s->may);
     }
     for (unsigned i = 0; i < t->crowd.n_guests; i++) /* whose time is long here */
@@ -113,8 +117,9 @@ static co_fn void set_up(struct world *w)
 static void plan_target_fault(struct backup_state *t, struct set *s)
 {
     struct chance *dice = &t->crowd.w->chance;
-    static const enum sim_kind kinds[] = {SIM_WRITE, SIM_WRITE, SIM_COPY, SIM_ZERO, SIM_FSYNC};
-    enum sim_kind kind = kinds[chance_below(dice, 5)];
+    static const enum sim_kind kinds[] = {SIM_WRITE, SIM_WRITE, SIM_COPY,
+                                          SIM_ZERO,  SIM_FSYNC, SIM_FSYNC};
+    enum sim_kind kind = kinds[chance_below(dice, 6)];
     unsigned nth = 1 + (unsigned)chance_below(dice, 6);
     uint64_t what = chance_below(dice, 5);
     if (kind == SIM_FSYNC)
@@ -123,7 +128,8 @@ static void plan_target_fault(struct backup_state *t, struct set *s)
         sim_stall(t->crowd.w->disk, s->target, kind, nth, SECOND * (1 + chance_below(dice, 20)),
                   chance_one_in(dice, 8));
     else
-        sim_fail(t->crowd.w->disk, s->target, kind, nth, what == 2 ? ENOSPC : EIO, chance_one_in(dice, 2));
+        sim_fail(t->crowd.w->disk, s->target, kind, nth, what == 2 ? ENOSPC : EIO,
+                 chance_one_in(dice, 2));
     s->flush_fails = kind == SIM_FSYNC && what >= 2;
 }
 
@@ -133,7 +139,8 @@ static void plan_source_fault(struct backup_state *t, struct set *s)
     const char *file = t->crowd.disk[s->disk].file;
     unsigned nth = 1 + (unsigned)chance_below(dice, 8);
     if (chance_one_in(dice, 3))
-        sim_stall(t->crowd.w->disk, file, SIM_READ, nth, SECOND * (1 + chance_below(dice, 10)), false);
+        sim_stall(t->crowd.w->disk, file, SIM_READ, nth, SECOND * (1 + chance_below(dice, 10)),
+                  false);
     else
         sim_fail(t->crowd.w->disk, file, SIM_READ, nth, EIO, chance_one_in(dice, 2));
 }
@@ -153,8 +160,9 @@ static void plan_faults(struct backup_state *t)
 
 static struct way pick_way(struct backup_state *t, const struct set *s)
 {
-    static const struct way ways[] = {{"incremental", ON_SUCCESS}, {"bitmap", ON_SUCCESS}, {"bitmap", ALWAYS},
-                                      {"bitmap", NEVER},           {"full", ON_SUCCESS},   {"full", ALWAYS},
+    static const struct way ways[] = {{"incremental", ON_SUCCESS}, {"bitmap", ON_SUCCESS},
+                                      {"bitmap", ALWAYS},          {"bitmap", NEVER},
+                                      {"full", ON_SUCCESS},        {"full", ALWAYS},
                                       {"top", ON_SUCCESS},         {"full", NO_BITMAP}};
     struct chance *dice = &t->crowd.w->chance;
     if (!s->synced)
@@ -167,13 +175,14 @@ static int say_backup(struct backup_state *t, const struct set *s, char *p, size
     static const char *const modes[] = {"", "on-success", "never", "always"};
     static const char *const policies[] = {"report", "ignore", "enospc", "stop", "auto"};
     struct chance *dice = &t->crowd.w->chance;
-    int n = snprintf(p, len,
-                     "{\"type\":\"blockdev-backup\",\"data\":{\"job-id\":\"%s\",\"device\":\"d%u\",\"target\":"
-                     "\"%s\",\"sync\":\"%s\",\"on-source-error\":\"%s\",\"on-target-error\":\"%s\"",
-                     s->id, s->disk, s->target, s->way.sync, policies[chance_below(dice, 5)],
-                     policies[chance_below(dice, 5)]);
+    int n = snprintf(
+        p, len,
+        "{\"type\":\"blockdev-backup\",\"data\":{\"job-id\":\"%s\",\"device\":\"d%u\",\"target\":"
+        "\"%s\",\"sync\":\"%s\",\"on-source-error\":\"%s\",\"on-target-error\":\"%s\"",
+        s->id, s->disk, s->target, s->way.sync, policies[chance_below(dice, 5)],
+        policies[chance_below(dice, 5)]);
     if (s->way.mode)
-        n += snprintf(p + n, len - (size_t)n, ",\"bitmap\":\"b\"");
+        n += snprintf(p + n, len - (size_t)n, ",\"bitmap\":\"%s\"", s->bitmap);
     if (s->way.mode && strcmp(s->way.sync, "incremental"))
         n += snprintf(p + n, len - (size_t)n, ",\"bitmap-mode\":\"%s\"", modes[s->way.mode]);
     if (chance_one_in(dice, 2))
@@ -187,10 +196,11 @@ static int say_backup(struct backup_state *t, const struct set *s, char *p, size
 
 static int say_add(const struct set *s, unsigned shift, char *p, size_t len)
 {
-    return snprintf(p, len,
-                    "{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"d%u\",\"name\":\"b\","
-                    "\"granularity\":%u}},",
-                    s->disk, 1u << shift);
+    return snprintf(
+        p, len,
+        "{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"d%u\",\"name\":\"%s\","
+        "\"granularity\":%u}},",
+        s->disk, s->bitmap, 1u << shift);
 }
 
 /* Now the job has the bitmap: remember what it may hold. */
@@ -268,6 +278,15 @@ static void keep_old(struct backup_state *t, struct set *s)
     }
 }
 
+/* It is the disk as it was; and would be, were the power to go now. */
+static void check_target(struct backup_state *t, struct set *s)
+{
+    crowd_check_file(&t->crowd, t->crowd.w->disk, s->disk, s->target, s->q, s->r, s->id);
+    struct sim_world *copy = crowd_cut_copy(&t->crowd);
+    crowd_check_file(&t->crowd, copy, s->disk, s->target, s->q, s->r, "a good backup after a cut");
+    sim_world_free(copy);
+}
+
 static void note_outcome(struct backup_state *t, struct set *s, const struct job_news *news)
 {
     s->active = false;
@@ -278,7 +297,7 @@ static void note_outcome(struct backup_state *t, struct set *s, const struct job
     s->target_is_lost = s->flush_fails && !s->good;
     CHECK(s->flush_fails || !strstr(news->error, "flushing"));
     if (s->good) {
-        crowd_check_file(&t->crowd, s->disk, s->target, s->q, s->r, s->id);
+        check_target(t, s);
         s->sure = true;
         s->synced |= s->way.mode != NO_BITMAP;
     }
@@ -372,7 +391,8 @@ static co_fn void see_through(struct backup_state *t)
     struct chance *dice = &t->crowd.w->chance;
     struct qmp *q = &t->crowd.w->qmp;
     for (unsigned n = (unsigned)chance_below(dice, 30); n && any_active(t); n--) {
-        qmp_listen(q, chance_one_in(dice, 10) ? chance_below(dice, 8 * SECOND) : chance_below(dice, SECOND / 4));
+        qmp_listen(q, chance_one_in(dice, 10) ? chance_below(dice, 8 * SECOND)
+                                              : chance_below(dice, SECOND / 4));
         settle_ended(t);
         struct set *s = &t->set[chance_below(dice, t->n_sets)];
         if (s->active && chance_one_in(dice, 3))
@@ -402,7 +422,8 @@ static co_fn void check_outcomes(struct backup_state *t)
     }
     CHECK(same || !t->grouped); /* L7 */
     for (unsigned i = 0; i < t->n_sets; i++)
-        bits_check(&t->book, t->set[i].b, &t->crowd.w->qmp, t->set[i].good ? "after success" : "after failure");
+        bits_check(&t->book, t->set[i].b, &t->crowd.w->qmp,
+                   t->set[i].good ? "after success" : "after failure");
 }
 
 static co_fn void one_round(struct backup_state *t)
@@ -415,6 +436,7 @@ static co_fn void one_round(struct backup_state *t)
         ;
     see_through(t);
     check_outcomes(t);
+    crowd_check_cut_now(&t->crowd);
 }
 
 static co_fn void backup_live(struct world *w)
@@ -429,10 +451,11 @@ static co_fn void backup_live(struct world *w)
     one_round(t);
     crowd_end(&t->crowd);
     if (getenv("SIM_QMP"))
-        fprintf(stderr, "%u good, %u failed, %u cancelled; worst wait %" PRIu64 " ms\n", t->n_good, t->n_failed,
-                t->n_cancelled, t->crowd.disk[0].worst_ns / 1000000);
-    for (unsigned i = 0; i < t->n_sets; i++)
-        crowd_check_file(&t->crowd, i, t->crowd.disk[i].file, w->tick + 1, FOREVER, "at the end");
+        fprintf(stderr, "%u good, %u failed, %u cancelled; worst wait %" PRIu64 " ms\n", t->n_good,
+                t->n_failed, t->n_cancelled, t->crowd.disk[0].worst_ns / 1000000);
+    for (unsigned i = 0; i < t->n_disks; i++)
+        crowd_check_file(&t->crowd, t->crowd.w->disk, i, t->crowd.disk[i].file, w->tick + 1,
+                         FOREVER, "at the end");
 }
 
 /* What was flushed is there; and so is each target whose backup the client had heard to be good. */
@@ -443,8 +466,10 @@ static co_fn void backup_after_cut(struct world *w)
     for (unsigned i = 0; i < t->n_sets; i++) {
         struct set *s = &t->set[i];
         if (s->sure)
-            crowd_check_file(&t->crowd, i, s->target, s->q, s->r, "after the cut");
-        crowd_check_survivors(&t->crowd, i, w->how == SIM_CUT_PROCESS);
+            crowd_check_file(&t->crowd, w->disk, s->disk, s->target, s->q, s->r, "after the cut");
+    }
+    for (unsigned i = 0; i < t->n_disks; i++) {
+        crowd_check_survivors(&t->crowd, w->disk, i, w->how == SIM_CUT_PROCESS);
         crowd_check_served(&t->crowd, i);
     }
 }
@@ -461,7 +486,7 @@ static void backup_finish(struct world *w)
 static const struct scenario backup = {
     .name = "backups",
     .state_size = sizeof(struct backup_state),
-    .n_seeds = 100,
+    .n_seeds = 120,
     .cut_one_in = 5,
     .cut_steps = 20000,
     .prepare = backup_prepare,

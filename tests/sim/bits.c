@@ -80,7 +80,8 @@ static void add_window(struct book *k, const struct bits *b, uint64_t q, uint64_
     }
 }
 
-void bits_look(struct book *k, const struct bits *b, uint64_t q, uint64_t r, uint8_t **must, uint8_t **may)
+void bits_look(struct book *k, const struct bits *b, uint64_t q, uint64_t r, uint8_t **must,
+               uint8_t **may)
 {
     *must = malloc(b->n);
     *may = malloc(b->n);
@@ -182,10 +183,10 @@ void bits_check(struct book *k, const struct bits *b, struct qmp *q, const char 
     qmp_bits(q, b->node, b->name, b->shift, is, b->n);
     bits_look(k, b, asked, k->crowd->w->tick, &must, &may);
     for (size_t g = 0; g < b->n; g++) {
-        CHECK_SAY(is[g] || !must[g], "%s: bitmap %s of %s lost granule %zu of %zu (shift %u)", when, b->name,
-                  b->node, g, b->n, b->shift);
-        CHECK_SAY(!is[g] || may[g], "%s: bitmap %s of %s has granule %zu, which nothing explains", when,
-                  b->name, b->node, g);
+        CHECK_SAY(is[g] || !must[g], "%s: bitmap %s of %s lost granule %zu of %zu (shift %u)", when,
+                  b->name, b->node, g, b->n, b->shift);
+        CHECK_SAY(!is[g] || may[g], "%s: bitmap %s of %s has granule %zu, which nothing explains",
+                  when, b->name, b->node, g);
     }
     free(must);
     free(may);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What dirty bitmaps must contain, told by the log of the guests and the story of the commands.
  *
- * A model bitmap has two sets of granules: `must` (every one of them is dirty) and `may` (no other one
- * is). While it records, what guests write is added when somebody looks: a write that was sent after the
- * answer to the command that began the recording, and answered before the look, must be there; one that
- * overlaps either instant may be there. The *window* is that recording: it began between ticks
- * `from_q` and `from_r`.
+ * A model bitmap has two sets of granules: `must` (every one of them is dirty) and `may` (no other
+ * one is). While it records, what guests write is added when somebody looks: a write that was sent
+ * after the answer to the command that began the recording, and answered before the look, must be
+ * there; one that overlaps either instant may be there. The *window* is that recording: it began
+ * between ticks `from_q` and `from_r`.
  *
  * A list of actions is played on a copy of the book: all its actions have the list's own ticks. */
 #pragma once
@@ -18,7 +18,7 @@ struct bits {
     unsigned disk, shift;
     size_t n; /* granules */
     bool exists, enabled;
-    int job;  /* 1 + index of the job that owns it; 0 = none */
+    int job; /* 1 + index of the job that owns it; 0 = none */
     uint8_t *must, *may;
     bool window;
     uint64_t from_q, from_r;
@@ -43,14 +43,15 @@ void bits_add(struct book *k, struct bits *b, unsigned shift, bool enabled, uint
 void bits_remove(struct bits *b);
 void bits_clear(struct bits *b, uint64_t q, uint64_t r);
 void bits_enable(struct bits *b, uint64_t q, uint64_t r);
-/* The window is closed: what it held is folded into the sets. An enable in the same list opens it again
- * at its old beginning, since no write falls between two actions (L5). */
+/* The window is closed: what it held is folded into the sets. An enable in the same list opens it
+ * again at its old beginning, since no write falls between two actions (L5). */
 void bits_disable(struct book *k, struct bits *b, uint64_t q, uint64_t r);
 void bits_merge(struct book *k, struct bits *to, const struct bits *from, uint64_t q, uint64_t r);
 /* It may have any bit, or none that it had to have. */
 void bits_blur(struct bits *b);
 
 /* Both sets as they are for somebody who looks between ticks q and r. Owned by the caller. */
-void bits_look(struct book *k, const struct bits *b, uint64_t q, uint64_t r, uint8_t **must, uint8_t **may);
+void bits_look(struct book *k, const struct bits *b, uint64_t q, uint64_t r, uint8_t **must,
+               uint8_t **may);
 /* Ask the daemon and compare. The bitmap has no job. */
 co_fn void bits_check(struct book *k, const struct bits *b, struct qmp *q, const char *when);

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Guests: NBD clients on random loops that write all the time, and the log of all they did.
  *
- * Each 512-byte sector of a disk belongs to one guest (`stripe` sectors in turn), which has at most one
- * request under way there. So the writes of a sector have an order, and what a reader may see at any
- * tick is known: every write fills its sectors with its own stamp, zero writes with 0. Sectors of one
- * copy unit, bitmap granule or O_DIRECT block still belong to different guests. */
+ * Each 512-byte sector of a disk belongs to one guest (`stripe` sectors in turn), which has at most
+ * one request under way there. So the writes of a sector have an order, and what a reader may see
+ * at any tick is known: every write fills its sectors with its own stamp, zero writes with 0.
+ * Sectors of one copy unit, bitmap granule or O_DIRECT block still belong to different guests. */
 #pragma once
 #include "nbd.h"
 
@@ -16,23 +16,19 @@ struct wr {
     bool marks;           /* sets dirty bits */
     bool fua, failed, trim;
 };
-struct fl {
-    unsigned disk;
-    uint64_t sent, acked;
-};
-
 struct disk {
     char node[16], file[16];
     uint64_t size;
     unsigned stripe; /* sectors */
     bool unmap;      /* discard=unmap */
     bool direct;
-    bool may_fail;       /* errors of guests are allowed */
-    uint64_t *now;       /* for each sector the stamp a reader sees when nothing is under way */
-    bool *vague;         /* a write here failed: unknown */
-    uint64_t worst_ns;   /* longest wait of a guest since it was last set to 0 */
-    uint64_t limit_ns;   /* CHECKed; 0 = none */
-    uint64_t n_done;     /* requests answered */
+    bool may_fail;     /* errors of guests are allowed */
+    uint64_t *now;     /* for each sector the stamp a reader sees when nothing is under way */
+    bool *vague;       /* a write here failed: unknown */
+    uint64_t worst_ns; /* longest wait of a guest since it was last set to 0 */
+    uint64_t limit_ns; /* CHECKed; 0 = none */
+    uint64_t n_done;   /* requests answered */
+    uint64_t flushed;  /* when the newest flush that was answered had been sent */
 };
 #define MAX_DISKS 4u
 
@@ -44,10 +40,8 @@ struct guest {
     uint64_t left; /* requests to make; FOREVER: until the crowd stops */
     bool structured;
     struct nbd_client nbd;
-    struct guest_op {
-        size_t entry; /* of the log: write, flush */
-        uint64_t began;
-    } op[NBD_DEPTH];
+    size_t entry[NBD_DEPTH]; /* for each request its place in the log; of flushes the tick they were
+                                sent */
 };
 #define MAX_GUESTS 12u
 
@@ -59,8 +53,6 @@ struct crowd {
     unsigned n_guests;
     struct wr *wr;
     size_t n_wr, cap_wr;
-    struct fl *fl;
-    size_t n_fl, cap_fl;
     bool held, stop;
     unsigned n_idle, n_gone;
     struct spin lock;
@@ -69,7 +61,8 @@ struct crowd {
 
 /* Before the life: makes the file, filled with stamps of its own in places. */
 struct disk *crowd_add_disk(struct crowd *c, const char *node, const char *file, uint64_t size);
-/* In the life: the node, and a writable export of it for each guest, each on an iothread of its own. */
+/* In the life: the node, and a writable export of it for each guest, each on an iothread of its
+ * own. */
 co_fn void crowd_open_disk(struct crowd *c, unsigned disk, unsigned n_guests);
 void crowd_start(struct crowd *c);
 /* Returns when no guest has a request under way; until release none makes one. */
@@ -78,13 +71,21 @@ void crowd_release(struct crowd *c);
 /* Ends all guests: nothing of them is under way on return. */
 co_fn void crowd_end(struct crowd *c);
 void crowd_free(struct crowd *c);
+/* How long the oldest request that is under way on the disk has been waiting; 0: none is. */
+uint64_t crowd_oldest_ns(const struct crowd *c, unsigned disk);
 
-/* A file against the log: each sector shows what `disk` showed at some instant between tick `q` and
- * tick `r`, whole. `who` is for the message. */
-void crowd_check_file(struct crowd *c, unsigned disk, const char *file, uint64_t q, uint64_t r,
-                      const char *who);
+/* A file of `world` (the disk of this world, or a copy of it) against the log: each sector shows
+ * what `disk` showed at some instant between tick `q` and tick `r`, whole. `who` is for the
+ * message. */
+void crowd_check_file(struct crowd *c, struct sim_world *world, unsigned disk, const char *file,
+                      uint64_t q, uint64_t r, const char *who);
 /* After a power cut: each sector of the disk shows its last durable write or a later one.
  * `nothing_lost`: every answered write counts as durable. */
-void crowd_check_survivors(struct crowd *c, unsigned disk, bool nothing_lost);
+void crowd_check_survivors(struct crowd *c, struct sim_world *world, unsigned disk,
+                           bool nothing_lost);
+/* What if the power went now? A copy of the world in which it did. Owned by the caller. */
+struct sim_world *crowd_cut_copy(struct crowd *c);
+/* Would all disks survive that? */
+void crowd_check_cut_now(struct crowd *c);
 /* For after_cut(): serves the disk, reads all of it through NBD, compares with the file. */
 co_fn void crowd_check_served(struct crowd *c, unsigned disk);

@@ -10,7 +10,8 @@ static co_fn void get(struct nbd_client *c, void *buf, size_t len)
     CHECK_SAY(r == 0, "NBD receive: %d", r);
 }
 
-static co_fn void put(struct nbd_client *c, const void *head, size_t n, const void *data, size_t len)
+static co_fn void put(struct nbd_client *c, const void *head, size_t n, const void *data,
+                      size_t len)
 {
     struct iovec iov[2] = {{(void *)head, n}, {(void *)data, len}};
     int r = io_send(c->sock, iov, len ? 2 : 1);
@@ -88,7 +89,13 @@ struct nbd_op *nbd_send(struct nbd_client *c, enum nbd_cmd cmd, unsigned flags, 
     CHECK(c->n_used < NBD_DEPTH);
     while (op->used)
         op++;
-    *op = (struct nbd_op){true, ++c->cookie, off, len, cmd, flags, 0, NULL};
+    *op = (struct nbd_op){.used = true,
+                          .cookie = ++c->cookie,
+                          .off = off,
+                          .len = len,
+                          .cmd = cmd,
+                          .flags = flags,
+                          .began = io_now(loop_io(loop_self()))};
     c->n_used++;
     if (cmd == NBD_CMD_READ) {
         op->data = calloc(1, len);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A tiny NBD client: one export, several requests in flight, simple or structured replies. It belongs to
- * one coroutine. */
+/* A tiny NBD client: one export, several requests in flight, simple or structured replies. It
+ * belongs to one coroutine. */
 #pragma once
 #include "export/nbd/proto.h"
 #include "world.h"
@@ -10,9 +10,10 @@
 struct nbd_op {
     bool used;
     uint64_t cookie, off, len;
+    uint64_t began; /* io_now() */
     enum nbd_cmd cmd;
     unsigned flags;
-    int error; /* errno of the wire */
+    int error;     /* errno of the wire */
     uint8_t *data; /* reads: what came; owned by the op */
 };
 
@@ -34,5 +35,5 @@ co_fn struct nbd_op *nbd_send(struct nbd_client *c, enum nbd_cmd cmd, unsigned f
 co_fn struct nbd_op *nbd_recv(struct nbd_client *c);
 void nbd_done(struct nbd_client *c, struct nbd_op *op);
 /* Send and wait; nothing else is in flight. 0 or the wire's errno; `data` is filled or written. */
-co_fn int nbd_call(struct nbd_client *c, enum nbd_cmd cmd, unsigned flags, uint64_t off, uint64_t len,
-                   void *data);
+co_fn int nbd_call(struct nbd_client *c, enum nbd_cmd cmd, unsigned flags, uint64_t off,
+                   uint64_t len, void *data);

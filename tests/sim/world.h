@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The kit of the whole-daemon tests: one daemon (qmp/instance.h) and its clients inside the simulator,
- * driven by one seed.
+/* The kit of the whole-daemon tests: one daemon (qmp/instance.h) and its clients inside the
+ * simulator, driven by one seed.
  *
- * A `struct scenario` is a story: make the files, live with the daemon, perhaps lose power and look at
- * what a second daemon finds. scenario_main() tells it for SIM_SEEDS seeds, or for SIM_SEED alone, and
- * now and then twice, to see that equal seeds make equal runs. Everything random comes from the seed.
+ * A `struct scenario` is a story: make the files, live with the daemon, perhaps lose power and look
+ * at what a second daemon finds. scenario_main() tells it for SIM_SEEDS seeds from SIM_SEED (0) on,
+ * for one if only SIM_SEED is given, and now and then twice, to see that equal seeds make equal
+ * runs. SIM_QMP=1 shows the control clients' commands, SIM_TRACE=1 every step, SIM_ONLY=NAME tells
+ * one scenario only. Everything random comes from the seed.
  *
- * *Ticks* order what clients saw: the tick grows by one whenever a client sends a request or gets an
- * answer. What was sent at tick s and answered at tick a took effect somewhere in between. */
+ * *Ticks* order what clients saw: the tick grows by one whenever a client sends a request or gets
+ * an answer. What was sent at tick s and answered at tick a took effect somewhere in between. */
 #pragma once
 #include <inttypes.h>
 #include <jansson.h>
@@ -93,17 +95,17 @@ struct job_news *qmp_job(struct qmp *q, const char *id);
 /* Read what has come without waiting longer than `ns`. */
 co_fn void qmp_listen(struct qmp *q, uint64_t ns);
 /* The bits of a bitmap: one byte for each of its granules, `n` of them. */
-co_fn void qmp_bits(struct qmp *q, const char *node, const char *name, unsigned shift, uint8_t *bits,
-                    size_t n);
+co_fn void qmp_bits(struct qmp *q, const char *node, const char *name, unsigned shift,
+                    uint8_t *bits, size_t n);
 
 /* ------------------------------------------------------------------ worlds and scenarios */
 
 struct scenario {
     const char *name;
     size_t state_size;
-    unsigned n_seeds;        /* when SIM_SEEDS says nothing */
-    unsigned cut_one_in;     /* how many lives end in a power cut; 0 = none */
-    uint64_t cut_steps;      /* at most after so many steps */
+    unsigned n_seeds;    /* when SIM_SEEDS says nothing */
+    unsigned cut_one_in; /* how many lives end in a power cut; 0 = none */
+    uint64_t cut_steps;  /* at most after so many steps */
     void (*prepare)(struct world *w, struct sim_config *cfg);
     co_fn void (*live)(struct world *w);
     co_fn void (*after_cut)(struct world *w);
@@ -119,8 +121,8 @@ struct world {
     struct instance *inst;
     struct qmp qmp; /* the control client */
     uint64_t tick;
-    bool cut;          /* the life before this one ended in a power cut */
-    enum sim_cut how;  /* which kind */
+    bool cut;         /* the life before this one ended in a power cut */
+    enum sim_cut how; /* which kind */
     void *state;
 };
 

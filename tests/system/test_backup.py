@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from backup_tools import (GRANULE, OK, ONE_BY_ONE, assert_same, backup, backup_args, block_job, content,
+from backup_tools import (GRANULE, OK, assert_same, backup, backup_args, block_job, content,
                           end_of, faulty, fill, held, job, refused, release, transaction, until,
                           wait_copied)
 from harness import Daemon, KiB, MiB, qemu_io
@@ -392,3 +392,25 @@ def test_many_jobs_at_once():
                 assert end_of(d, 'j' + n) == OK
                 assert_same(d.path(n + '.raw'), d.path(f't{n}.raw'))
                 qemu_io(d.uri(n), 'write -P 7 1M 5k')
+
+
+# ---------------------------------------------------------------- around a running job
+
+def test_nobody_writes_below_a_job(d):
+    """A write that the filter would not see is refused, and so is one into the target."""
+    held(d, 'src', 'dst')
+    for node in ('src-file', 'dst-file', 'dst'):
+        with refused(node):
+            d.export(node)
+    d.export('src')
+    release(d)
+    assert end_of(d, 'j') == OK
+
+
+def test_a_job_marks_the_bitmaps_of_its_target(d):
+    d.cmd('block-dirty-bitmap-add', node='dst', name='t')
+    add_bitmap(d)
+    qemu_io(d.export('src'), 'write -P 1 1M 64k')
+    backup(d, 'src', 'dst', 'incremental', bitmap='b')
+    assert end_of(d, 'j') == OK
+    assert d.ranges('dst', 't') == [(MiB, GRANULE)]

@@ -108,7 +108,7 @@ def test_nbd_server_in_json_and_tcp(place):
         port = s.getsockname()[1]
     with Daemon(['--nbd-server', json.dumps({'addr': {'type': 'inet', 'host': '127.0.0.1', 'port': str(port)},
                                              'max-connections': 3})] + NULL +
-                ['--export', 'nbd,id=e,node-name=n'], nbd=False):
+                ['--export', 'nbd,id=e,node-name=n,writable=on'], nbd=False):
         qemu_io(f'nbd://127.0.0.1:{port}/n', 'read 0 64k')
 
 
@@ -305,7 +305,7 @@ def read_pid(path):
 def test_daemonize_returns_when_up(place):
     """Relative names work although the daemon leaves the directory, also when it takes them away."""
     r = run(['--daemonize', '--pidfile', 'pid', '--nbd-server', 'addr.type=unix,addr.path=nbd',
-             '--blockdev', 'file,node-name=f,filename=disk', '--export', 'nbd,id=e,node-name=f',
+             '--blockdev', 'file,node-name=f,filename=disk', '--export', 'nbd,id=e,node-name=f,writable=on',
              '--chardev', 'socket,id=c,path=q,server=on,wait=off', '--monitor', 'c'], place)
     pid = read_pid(place / 'pid')
     try:
@@ -345,6 +345,11 @@ def test_pidfile_of_a_running_daemon_is_not_taken(place):
     assert os.listdir(place) == ['disk']
 
 
+def test_long_mistakes_are_cut(place):
+    r = run(['--blockdev', 'null-co,node-name=' + '\u20ac' * 5000], place)
+    assert r.returncode == 1 and len(r.stderr) < 500 and r.stderr.count('\n') == 1
+
+
 def test_pidfile_left_by_a_crash_is_taken_over(place):
     (place / 'pid').write_text('12345678901234567890\n')
     with Daemon(['--pidfile', f'{place}/pid']) as d:
@@ -361,7 +366,7 @@ def test_stale_socket_is_replaced(place, which_socket):
     s.close()
     with Daemon(['--chardev', f'socket,id=c2,path={place}/q,server=on,wait=off', '--monitor', 'c2',
                  '--nbd-server', f'addr.type=unix,addr.path={place}/nbd', *NULL,
-                 '--export', 'nbd,id=e,node-name=n'], nbd=False):
+                 '--export', 'nbd,id=e,node-name=n,writable=on'], nbd=False):
         Qmp(f'{place}/q').close()
         qemu_io(f'nbd+unix:///n?socket={place}/nbd', 'read 0 64k')
 
@@ -372,6 +377,13 @@ def test_stale_sockets_of_a_killed_daemon(place):
         d.quit_check = False
         d.proc.kill()
         d.proc.wait()
+
+        def refused():  # with io_uring the kernel lets go of the socket some time after the process
+            try:
+                socket.socket(socket.AF_UNIX).connect(d.qmp_path)
+            except ConnectionRefusedError:
+                return True
+        until(refused, 'the socket of the dead process')
         with Daemon(['--chardev', f'socket,id=c2,path={d.qmp_path},server=on', '--monitor', 'c2']):
             Qmp(d.qmp_path).close()
 
