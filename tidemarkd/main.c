@@ -138,11 +138,14 @@ static void daemon_main(void *arg)
     struct tide_error err;
     int r = instance_new(d->io, &d->inst, &err);
     if (r == 0) {
-        r = options_run(d->options, d->inst, &err);
+        /* First of all, so that a signal during the start is not lost: it ends us right after. */
+        r = loop_spawn(io_loop(d->io, 0), wait_for_signal, d);
+        if (r < 0)
+            tide_fail(&err, r, "no memory to start");
+        if (r == 0)
+            r = options_run(d->options, d->inst, &err);
         if (r == 0)
             r = write_pidfile(d, &err);
-        if (r == 0)
-            r = loop_spawn(io_loop(d->io, 0), wait_for_signal, d);
         if (r == 0)
             r = instance_open(d->inst, &err);
         if (r == 0) {
