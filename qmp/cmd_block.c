@@ -39,9 +39,10 @@ static json_t *bitmap_row(const struct dirty_bitmap *b)
 {
     json_int_t granularity = (json_int_t)1 << bitmap_shift(b->bits);
     json_t *o =
-        json_pack("{s:s,s:I,s:I,s:b,s:b,s:b}", "name", b->name, "count",
+        json_pack("{s:s,s:I,s:I,s:b,s:b,s:b,s:I}", "name", b->name, "count",
                   (json_int_t)bitmap_count(b->bits) * granularity, "granularity", granularity,
-                  "recording", b->enabled, "busy", b->n_busy > 0, "persistent", b->persistent);
+                  "recording", b->enabled, "busy", b->n_busy > 0, "persistent", b->persistent,
+                  "generation", (json_int_t)b->generation);
     if (o && b->inconsistent)
         json_object_set_new(o, "inconsistent", json_true());
     return o;

@@ -236,6 +236,8 @@ static co_fn void recv_one(struct guest *g)
     struct crowd *c = g->crowd;
     struct disk *d = &c->disk[g->disk];
     struct nbd_op *op = nbd_recv(&g->nbd);
+    if (!op)
+        return;
     size_t entry = g->entry[op - g->nbd.op];
     uint64_t ns = io_now(c->w->io) - op->began;
     CHECK_SAY(!op->error || d->may_fail, "%s: command %d got error %d", d->node, op->cmd,
@@ -290,7 +292,7 @@ static void guest_main(void *arg)
     char name[32];
     snprintf(name, sizeof name, "%s-%u", c->disk[g->disk].node, g->number);
     nbd_open(&g->nbd, name, g->structured);
-    while (g->nbd.n_used || (!c->stop && g->left)) {
+    while (!g->nbd.lost && (g->nbd.n_used || (!c->stop && g->left))) {
         if (c->held && !g->nbd.n_used && !c->stop)
             rest(c);
         else
@@ -340,6 +342,14 @@ void crowd_end(struct crowd *c)
     while (c->n_gone < c->n_guests)
         co_queue_wait(&c->idle, &c->lock);
     spin_unlock(&c->lock);
+}
+
+void crowd_may_lose(struct crowd *c)
+{
+    crowd_hold(c); /* so all are past their handshake */
+    for (unsigned i = 0; i < c->n_guests; i++)
+        c->guest[i].nbd.may_lose = true;
+    crowd_release(c);
 }
 
 void crowd_free(struct crowd *c)
@@ -488,9 +498,11 @@ void crowd_check_served(struct crowd *c, unsigned disk)
     uint8_t *got = malloc(d->size), *is = malloc(d->size);
     CHECK(got && is);
     nbd_open(&n, name, true);
-    /* A widened direct write over an odd end of the file is cut back after it: power may go between. */
+    /* A widened direct write over an odd end of the file is cut back after it: power may go
+     * between. */
     bool grown = d->direct && n.size == round_up(d->size, 4096);
-    CHECK_SAY(n.size == d->size || grown, "%" PRIu64 " bytes are served of %" PRIu64, n.size, d->size);
+    CHECK_SAY(n.size == d->size || grown, "%" PRIu64 " bytes are served of %" PRIu64, n.size,
+              d->size);
     CHECK(nbd_call(&n, NBD_CMD_READ, 0, 0, d->size, got) == 0);
     nbd_close(&n);
     CHECK(sim_file_read(c->w->disk, d->file, is, d->size, 0) == (ssize_t)d->size);

@@ -70,6 +70,8 @@ co_fn void crowd_hold(struct crowd *c);
 void crowd_release(struct crowd *c);
 /* Ends all guests: nothing of them is under way on return. */
 co_fn void crowd_end(struct crowd *c);
+/* From now on the daemon may end below the guests; crowd_end() is still to be called. */
+co_fn void crowd_may_lose(struct crowd *c);
 void crowd_free(struct crowd *c);
 /* How long the oldest request that is under way on the disk has been waiting; 0: none is. */
 uint64_t crowd_oldest_ns(const struct crowd *c, unsigned disk);

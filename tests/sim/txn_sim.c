@@ -591,15 +591,26 @@ static co_fn void txn_live(struct world *w)
     co_group_wait(&s->gone);
     if (chance_one_in(&w->chance, 2))
         settle_all(t);
+    if (chance_one_in(&w->chance, 4)) { /* the daemon ends below guests and jobs */
+        crowd_may_lose(&t->crowd);
+        io_sleep(chance_below(&w->chance, 20000000));
+        return;
+    }
     crowd_end(&t->crowd);
-    if (!chance_one_in(&w->chance, 3)) /* else the daemon ends with jobs that run or are paused */
+    if (!chance_one_in(&w->chance, 3)) /* else it ends with jobs that run or are paused */
         settle_all(t);
     check_free_bitmaps(t, "at the end");
-    for (unsigned i = 0; i < N_DISKS; i++) {
+    for (unsigned i = 0; i < N_DISKS; i++)
         check_relay(t, i);
-        crowd_check_file(&t->crowd, t->crowd.w->disk, i, t->crowd.disk[i].file, w->tick + 1,
-                         FOREVER, "at the end");
-    }
+}
+
+static co_fn void txn_closed(struct world *w)
+{
+    struct txn_state *t = state_of(w);
+    crowd_end(&t->crowd);
+    for (unsigned i = 0; i < N_DISKS; i++)
+        crowd_check_file(&t->crowd, w->disk, i, t->crowd.disk[i].file, w->tick + 1, FOREVER,
+                         "at the end");
 }
 
 static co_fn void txn_after_cut(struct world *w)
@@ -628,6 +639,7 @@ static const struct scenario txn = {
     .cut_steps = 6000,
     .prepare = txn_prepare,
     .live = txn_live,
+    .closed = txn_closed,
     .after_cut = txn_after_cut,
     .finish = txn_finish,
 };

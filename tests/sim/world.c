@@ -319,6 +319,8 @@ static void life_main(void *arg)
     qmp_close(&w->qmp);
     instance_close(w->inst);
     w->inst = NULL;
+    if (w->story->closed && !w->cut)
+        w->story->closed(w);
     io_stop(w->io);
 }
 

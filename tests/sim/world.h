@@ -108,6 +108,8 @@ struct scenario {
     uint64_t cut_steps;  /* at most after so many steps */
     void (*prepare)(struct world *w, struct sim_config *cfg);
     co_fn void (*live)(struct world *w);
+    co_fn void (*closed)(
+        struct world *w); /* the daemon has ended, what it served may be looked at */
     co_fn void (*after_cut)(struct world *w);
     void (*finish)(struct world *w); /* frees what state holds */
 };
