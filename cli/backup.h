@@ -9,12 +9,13 @@
 struct backup_disk {
     const char *name; /* of the node; borrowed from the command line */
     uint64_t size;
-    bool full;
+    bool full, read_only;
     char *why; /* full although an increment was possible to ask for; NULL if not */
     const struct manifest_disk *below; /* the same disk in the last point, NULL if it has none */
     uint64_t below_granularity;        /* of the bitmap that counts since then */
-    bool persistent;                   /* the new bitmap can outlive the daemon */
     char *bitmap;                      /* new: records what changes after this point */
+    uint64_t generation;               /* of the new bitmap since before the point */
+    bool has_generation;
     char *frozen;     /* incremental: what changed before it, for the job and for the manifest */
     char *node, *job; /* the target's node, the copying job */
     char *file, *tmp; /* names in the directory */
@@ -44,6 +45,9 @@ struct backup {
 
 /* ---- in the daemon ---- */
 
+/* Does a bitmap have a name that only this tool gives, for a point of some directory? */
+bool backup_owns_bitmap(const char *name);
+
 /* Removes what earlier or failed runs into this directory left in the daemon: jobs, target nodes,
  * and every bitmap of this directory that does not belong to its last point. What cannot be removed
  * is left for the next time. */
@@ -53,7 +57,8 @@ int backup_sweep(struct backup *b, struct tide_error *err);
 int backup_plan(struct backup *b, struct tide_error *err);
 /* Opens the temporary files as nodes. */
 int backup_open_targets(struct backup *b, struct tide_error *err);
-/* The transaction: everything begins at one moment. */
+/* The new bitmaps, then the transaction: everything begins at one moment. Then a look at all
+ * bitmaps: an error if one may have lost sight of changes meanwhile. */
 int backup_begin(struct backup *b, struct tide_error *err);
 /* Until all jobs have ended. -EINTR with words: a signal came. */
 int backup_wait(struct backup *b, struct tide_error *err);

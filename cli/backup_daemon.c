@@ -2,11 +2,18 @@
 /* A backup's half in the daemon.
  *
  * The rule that makes increments right: a bitmap belongs to one point of one directory, by its
- * name, and is never cleared, merged into or reused. The transaction that begins point N+1 adds the
- * bitmap of N+1; the one of N goes on recording, and is removed when the manifest with N+1 is on
- * disk. So at every moment the bitmap named by the manifest's last point holds all changes since
- * that point, whatever died in between, and there is nothing to repair: what does not belong to the
- * last point is litter, and backup_sweep() removes it.
+ * name, and is never cleared, merged into or reused. The bitmap of N+1 is added just before the
+ * transaction that begins point N+1; the one of N goes on recording, and is removed when the
+ * manifest with N+1 is on disk. So at every moment the bitmap named by the manifest's last point
+ * holds all changes since that point, whatever died in between, and there is nothing to repair:
+ * what does not belong to the last point is litter, and backup_sweep() removes it.
+ *
+ * Somebody else may break the rule: clear the bitmap, or stop it for a while. The daemon changes a
+ * bitmap's generation then. The one in the manifest was read before the point's moment and found
+ * unchanged after it; that of the point below is compared when the run is planned, and again after
+ * the transaction has taken the bits. Reading it only afterwards would take a bitmap that was
+ * cleared a moment before for a whole one; this is why the new bitmap is not added in the
+ * transaction. It then also holds what changed in the moment before, which does no harm.
  *
  * An increment copies what a second bitmap says, the frozen one: made disabled, filled by a merge
  * in the same transaction, so that its bits stand still while the job runs and can be listed after.
@@ -21,6 +28,7 @@
 
 #define POLL_MS 200
 #define SHORT_ID 8 /* characters of a uuid in names of nodes and jobs */
+#define FROZEN ".frozen"
 
 /* ---- names ---- */
 
@@ -45,12 +53,37 @@ static bool begins(const char *s, const char *prefix)
     return strncmp(s, prefix, strlen(prefix)) == 0;
 }
 
+static bool is_hex(const char *s, size_t len)
+{
+    return strspn(s, "0123456789abcdef") >= len;
+}
+
+/* STEM-<8 digits>-DISK-<uuid>, maybe with ".frozen" behind it, as name_things() makes them. */
+bool backup_owns_bitmap(const char *name)
+{
+    size_t len = strlen(name), n_frozen = strlen(FROZEN), n_uuid = UUID_SIZE - 1;
+    if (len > n_frozen && strcmp(name + len - n_frozen, FROZEN) == 0)
+        len -= n_frozen;
+    if (len < n_uuid + 1)
+        return false;
+    char uuid[UUID_SIZE];
+    memcpy(uuid, name + len - n_uuid, n_uuid);
+    uuid[n_uuid] = '\0';
+    len -= n_uuid + 1; /* of "STEM-<8 digits>-DISK" */
+    if (!uuid_is(uuid) || name[len] != '-')
+        return false;
+    for (size_t i = 1; i + SHORT_ID + 2 < len; i++)
+        if (name[i] == '-' && is_hex(name + i + 1, SHORT_ID) && name[i + SHORT_ID + 1] == '-')
+            return true;
+    return false;
+}
+
 /* The whole uuid of the point is in the name of its bitmap: this is what ties the two together. */
 static void name_things(const struct backup *b, struct backup_disk *d, size_t i)
 {
     mem_autofree char *mark = bitmap_mark(b), *jobs = job_prefix(b), *nodes = node_prefix(b);
     d->bitmap = cli_printf("%s%s%s-%s", b->stem, mark, d->name, b->uuid);
-    d->frozen = cli_printf("%s.frozen", d->bitmap);
+    d->frozen = cli_printf("%s" FROZEN, d->bitmap);
     d->job = cli_printf("%s%s", jobs, d->name);
     d->node = cli_printf("%s%.*s-%zu", nodes, SHORT_ID, b->uuid, i + 1);
     d->file = manifest_file_name(d->name, d->full, b->number);
@@ -167,6 +200,29 @@ int backup_sweep(struct backup *b, struct tide_error *err)
 
 /* ---- planning ---- */
 
+/* Why a bitmap may lack changes since a moment at which its generation was this one (has false: the
+ * daemon did not tell); NULL if it has them all. */
+static char *why_incomplete(json_t *node, const char *name, bool has, uint64_t generation)
+{
+    json_t *bitmap = view_bitmap(node, name);
+    uint64_t now;
+    bool has_now = view_generation(bitmap, &now);
+    if (!bitmap)
+        return cli_printf("bitmap '%s' is gone", name);
+    if (view_true(bitmap, "inconsistent"))
+        return cli_printf("bitmap '%s' is inconsistent", name);
+    if (!view_true(bitmap, "recording"))
+        return cli_printf("bitmap '%s' was disabled", name);
+    if (has && !has_now)
+        return cli_printf("this daemon does not tell whether bitmap '%s' was cleared", name);
+    if (!has && has_now)
+        return cli_printf("the last point does not tell whether bitmap '%s' was cleared since",
+                          name);
+    if (has && now != generation)
+        return cli_printf("bitmap '%s' was cleared, disabled or made anew", name);
+    return NULL;
+}
+
 /* Why the disk cannot be copied incrementally; NULL if it can. */
 static char *why_full(const struct backup *b, struct backup_disk *d, json_t *node, bool can_list)
 {
@@ -179,38 +235,17 @@ static char *why_full(const struct backup *b, struct backup_disk *d, json_t *nod
     if (d->below->size != d->size)
         return cli_printf("its size changed from %" PRIu64 " to %" PRIu64 " bytes", d->below->size,
                           d->size);
+    char *why =
+        why_incomplete(node, d->below->bitmap, d->below->has_generation, d->below->generation);
+    if (why)
+        return why;
     json_t *bitmap = view_bitmap(node, d->below->bitmap);
-    if (!bitmap)
-        return cli_printf("bitmap '%s' of the last point is gone", d->below->bitmap);
-    if (view_true(bitmap, "inconsistent"))
-        return cli_printf("bitmap '%s' is inconsistent", d->below->bitmap);
-    if (!view_true(bitmap, "recording"))
-        return cli_printf("bitmap '%s' was disabled", d->below->bitmap);
     if (view_true(bitmap, "busy"))
         return cli_printf("bitmap '%s' is in use by something else", d->below->bitmap);
     if (!can_list)
         return cli_printf("this daemon cannot list dirty ranges (query-dirty-ranges)");
     d->below_granularity = view_number(bitmap, "granularity");
     return NULL;
-}
-
-/* Can a bitmap of this node outlive the daemon? Only a try tells. */
-static int probe_persistent(struct backup *b, struct backup_disk *d, json_t *node,
-                            struct tide_error *err)
-{
-    if (view_true(node, "ro")) /* some daemons accept it there and then lose it */
-        return 0;
-    mem_autofree char *mark = bitmap_mark(b);
-    mem_autofree char *name = cli_printf("%s%sprobe", b->stem, mark);
-    int r = call(b, "block-dirty-bitmap-add",
-                 cli_pack("{s:s, s:s, s:b, s:b}", "node", d->name, "name", name, "persistent", 1,
-                          "disabled", 1),
-                 NULL, err);
-    if (r < 0)
-        return r == CLIENT_REFUSED ? 0 : r;
-    d->persistent = true;
-    return call(b, "block-dirty-bitmap-remove",
-                cli_pack("{s:s, s:s}", "node", d->name, "name", name), NULL, err);
 }
 
 static int plan_disk(struct backup *b, struct backup_disk *d, json_t *nodes, bool can_list,
@@ -226,7 +261,8 @@ static int plan_disk(struct backup *b, struct backup_disk *d, json_t *nodes, boo
         return tide_fail(err, -EINVAL, "disk '%s' cannot be copied incrementally: %s", d->name,
                          d->why);
     d->full = b->want_full || d->why;
-    return probe_persistent(b, d, node, err);
+    d->read_only = view_true(node, "ro");
+    return 0;
 }
 
 static int has_command(struct backup *b, const char *name, bool *has, struct tide_error *err)
@@ -294,12 +330,73 @@ static json_t *add_bitmap(const struct backup_disk *d, const char *name, uint64_
                     (json_int_t)granularity);
 }
 
+/* Whether a bitmap of this node can outlive the daemon only a try tells. */
+static int add_new_bitmap(struct backup *b, const struct backup_disk *d, struct tide_error *err)
+{
+    int r = CLIENT_REFUSED;
+    if (!d->read_only) { /* some daemons accept it there and then lose it */
+        json_t *bitmap = add_bitmap(d, d->bitmap, b->granularity);
+        json_object_set_new(bitmap, "persistent", json_true());
+        r = call(b, "block-dirty-bitmap-add", bitmap, NULL, err);
+    }
+    if (r == CLIENT_REFUSED)
+        r = call(b, "block-dirty-bitmap-add", add_bitmap(d, d->bitmap, b->granularity), NULL, err);
+    return r;
+}
+
+static int broken_record(const struct backup_disk *d, const char *why, struct tide_error *err)
+{
+    return tide_fail(err, -EBUSY,
+                     "disk '%s': %s, while the backup began; no point was made: run it again",
+                     d->name, why);
+}
+
+static int add_new_bitmaps(struct backup *b, struct tide_error *err)
+{
+    json_t *nodes;
+    int r = 0;
+    for (size_t i = 0; r == 0 && i < b->n; i++)
+        r = add_new_bitmap(b, &b->disks[i], err);
+    if (r == 0)
+        r = view_nodes(b->c->client, &nodes, err);
+    if (r < 0)
+        return r;
+    for (size_t i = 0; r == 0 && i < b->n; i++) {
+        struct backup_disk *d = &b->disks[i];
+        json_t *node = view_node(nodes, d->name);
+        d->has_generation = view_generation(view_bitmap(node, d->bitmap), &d->generation);
+        mem_autofree char *why = why_incomplete(node, d->bitmap, d->has_generation, d->generation);
+        if (why)
+            r = broken_record(d, why, err);
+    }
+    json_decref(nodes);
+    return r;
+}
+
+/* After the transaction: the old bitmap was whole when it was merged, the new one still is. */
+static int check_bitmaps(struct backup *b, struct tide_error *err)
+{
+    json_t *nodes;
+    int r = view_nodes(b->c->client, &nodes, err);
+    if (r < 0)
+        return r;
+    for (size_t i = 0; r == 0 && i < b->n; i++) {
+        const struct backup_disk *d = &b->disks[i];
+        json_t *node = view_node(nodes, d->name);
+        mem_autofree char *why = why_incomplete(node, d->bitmap, d->has_generation, d->generation);
+        mem_autofree char *why_below =
+            d->full ? NULL
+                    : why_incomplete(node, d->below->bitmap, d->below->has_generation,
+                                     d->below->generation);
+        if (why || why_below)
+            r = broken_record(d, why ? why : why_below, err);
+    }
+    json_decref(nodes);
+    return r;
+}
+
 static void add_disk_actions(const struct backup *b, const struct backup_disk *d, json_t *actions)
 {
-    json_t *bitmap = add_bitmap(d, d->bitmap, b->granularity);
-    if (d->persistent)
-        json_object_set_new(bitmap, "persistent", json_true());
-    add_action(actions, "block-dirty-bitmap-add", bitmap);
     json_t *job =
         cli_pack("{s:s, s:s, s:s, s:s, s:b}", "job-id", d->job, "device", d->name, "target",
                  d->node, "sync", d->full ? "full" : "bitmap", "auto-dismiss", 0);
@@ -320,6 +417,9 @@ static void add_disk_actions(const struct backup *b, const struct backup_disk *d
 
 int backup_begin(struct backup *b, struct tide_error *err)
 {
+    int r = add_new_bitmaps(b, err);
+    if (r < 0)
+        return r;
     json_t *actions = cli_pack("[]");
     for (size_t i = 0; i < b->n; i++)
         add_disk_actions(b, &b->disks[i], actions);
@@ -328,7 +428,8 @@ int backup_begin(struct backup *b, struct tide_error *err)
      * this tool cancels the others and makes no point. */
     if (b->grouped)
         json_object_set_new(args, "properties", cli_pack("{s:s}", "completion-mode", "grouped"));
-    return call(b, "transaction", args, NULL, err);
+    r = call(b, "transaction", args, NULL, err);
+    return r < 0 ? r : check_bitmaps(b, err);
 }
 
 /* ---- waiting ---- */

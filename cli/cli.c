@@ -3,10 +3,13 @@
 #include "cli/cli.h"
 #include "base/mem.h"
 #include "cli/table.h"
+#include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static void print_line(const char *before, const char *fmt, va_list ap)
 {
@@ -59,6 +62,20 @@ int cli_connect(struct cli *c)
     cli_hint("'tidemark serve IMAGE' starts a daemon; --socket or TIDEMARK_SOCKET names another "
              "socket");
     return code;
+}
+
+int cli_sync_above(int dir_fd, const char *dir, struct tide_error *err)
+{
+    int fd = openat(dir_fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 && errno == EACCES)
+        return 0;
+    int r = fd < 0 || fsync(fd) < 0
+                ? tide_fail(err, -errno, "cannot sync the directory of '%s': %s", dir,
+                            tide_strerror(errno))
+                : 0;
+    if (fd >= 0)
+        close(fd);
+    return r;
 }
 
 int cli_print_json(json_t *value)

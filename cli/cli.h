@@ -76,6 +76,10 @@ int cli_fail(const struct tide_error *err);
 /* Wrong usage: prints the text and where help is; CLI_USAGE. */
 int cli_usage(const struct cli *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
+/* Syncs the directory above the open directory `dir`, so that the name of a new one lasts. One that
+ * we may not read is left alone: it is not ours. */
+int cli_sync_above(int dir_fd, const char *dir, struct tide_error *err);
+
 /* Prints a JSON value and a line end on standard output; steals `value`. CLI_DONE or CLI_FAILED. */
 int cli_print_json(json_t *value);
 

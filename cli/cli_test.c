@@ -3,6 +3,7 @@
  * QMP client against a server in the same process. */
 #include "base/bytes.h"
 #include "base/mem.h"
+#include "cli/backup.h"
 #include "cli/cli.h"
 #include "cli/client.h"
 #include "cli/image.h"
@@ -385,6 +386,27 @@ TEST(manifest_refuses_wrong_chains)
     refuse("points.1.disks", NULL, "without disks");
 }
 
+/* Manifests of older tools, and of daemons that do not tell, have no generation. */
+TEST(manifest_keeps_generations)
+{
+    struct manifest m, again;
+    struct tide_error err;
+    make(&m);
+    m.points[1].disks[0].generation = 7;
+    m.points[1].disks[0].has_generation = true;
+    json_t *v = manifest_format(&m);
+    assert_int_equal(manifest_parse(v, &again, &err), 0);
+    assert_false(again.points[0].disks[0].has_generation);
+    assert_true(again.points[1].disks[0].has_generation);
+    assert_int_equal(again.points[1].disks[0].generation, 7);
+    json_decref(v);
+    manifest_fini(&m);
+    manifest_fini(&again);
+    refuse("points.1.disks.0.generation", json_integer(-1), "'generation'");
+    refuse("points.1.disks.0.generation", json_string("7"), "'generation'");
+    refuse("points.1.disks.0.generation", json_null(), "'generation'");
+}
+
 TEST(manifest_refuses_other_damage)
 {
     refuse("version", json_integer(2), "version 2");
@@ -484,7 +506,12 @@ TEST(manifest_is_saved_and_loaded)
     dir_new(&d);
     assert_int_equal(manifest_load(d.fd, &m, &err), -ENOENT);
     make(&m);
+    mode_t mask = umask(0);
     assert_int_equal(manifest_save(d.fd, &m, &renamed, &err), 0);
+    umask(mask);
+    struct stat st;
+    assert_int_equal(fstatat(d.fd, "manifest.json", &st, 0), 0);
+    assert_int_equal(st.st_mode & 0777, 0600);
     assert_int_equal(manifest_load(d.fd, &again, &err), 0);
     assert_int_equal(again.n_points, 2);
     manifest_fini(&again);
@@ -582,9 +609,28 @@ TEST(image_open_follows_no_link)
     assert_int_equal(image_open(d.fd, &disk, &err), -ELOOP);
     unlinkat(d.fd, "disk1.full.raw", 0);
     assert_int_equal(mkdirat(d.fd, "disk1.full.raw", 0700), 0);
-    assert_int_equal(image_open(d.fd, &disk, &err), -EINVAL);
+    assert_int_equal(image_open(d.fd, &disk, &err), -EBADMSG);
     assert_int_equal(unlinkat(d.fd, "disk1.full.raw", AT_REMOVEDIR), 0);
     dir_free(&d, (const char *const[]){NULL});
+}
+
+/* Opening a FIFO to read it waits for somebody who writes: here nobody ever does. */
+TEST(fifos_in_a_backup_directory_are_refused)
+{
+    struct dir d;
+    struct tide_error err;
+    struct manifest m;
+    struct manifest_disk disk = {.name = "disk1", .file = "disk1.full.raw", .size = 0};
+    dir_new(&d);
+    assert_int_equal(mkfifoat(d.fd, "manifest.json", 0600), 0);
+    assert_int_equal(mkfifoat(d.fd, "disk1.full.raw", 0600), 0);
+    alarm(20); /* a test that hangs dies */
+    assert_int_equal(manifest_load(d.fd, &m, &err), -EBADMSG);
+    assert_non_null(strstr(err.msg, "'manifest.json' is no regular file"));
+    assert_int_equal(image_open(d.fd, &disk, &err), -EBADMSG);
+    assert_non_null(strstr(err.msg, "'disk1.full.raw' is no regular file"));
+    alarm(0);
+    dir_free(&d, (const char *const[]){"manifest.json", "disk1.full.raw", NULL});
 }
 
 static int give_up(void *opaque, uint64_t bytes)
@@ -747,6 +793,191 @@ TEST(dirty_ranges_come_in_pages)
     close_player(&d, c, pid);
 }
 
+/* ---- bitmaps of points ---- */
+
+TEST(own_bitmaps_are_known_by_name)
+{
+    static const char *const own[] = {"tidemark-backup-0123abcd-disk1-" P1,
+                                      "tidemark-backup-0123abcd-disk1-" P1 ".frozen",
+                                      "x-00000000-a-b-c-" P1};
+    static const char *const others[] = {"",
+                                         "b0",
+                                         P1,
+                                         "-" P1,
+                                         "week-" P1,
+                                         "tidemark-backup-0123abcd-disk1",
+                                         "tidemark-backup-0123ABCD-disk1-" P1,
+                                         "tidemark-backup-0123abcd-" P1,
+                                         "-0123abcd-disk1-" P1,
+                                         "tidemark-backup-0123abcd-disk1-" P1 ".x",
+                                         "tidemark-backup-0123abcd-disk1_" P1};
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+        assert_true(backup_owns_bitmap(own[i]));
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        assert_false(backup_owns_bitmap(others[i]));
+}
+
+#define COMMANDS "{\"return\": [{\"name\": \"query-dirty-ranges\"}]}"
+/* A node with the bitmap of the last point, with more members. */
+#define NODE(members)                                                                              \
+    "{\"return\": [{\"node-name\": \"disk1\", \"ro\": true, \"image\": {\"virtual-size\": "        \
+    "1048576}, "                                                                                   \
+    "\"dirty-bitmaps\": [{\"name\": \"b-2\", \"granularity\": 65536, \"recording\": true" members  \
+    "}]}]}"
+
+struct run {
+    struct cli cli;
+    struct backup b;
+    struct backup_disk disk;
+};
+
+/* A run over the disk of make(), whose last point was made with `generation` (-1: without one). */
+static void run_new(struct run *r, int generation)
+{
+    *r = (struct run){.disk = {.name = "disk1", .fd = -1, .size = MIB},
+                      .b = {.stem = "b", .granularity = 65536, .path = "/none", .n = 1}};
+    make(&r->b.manifest);
+    struct manifest_disk *d = &r->b.manifest.points[1].disks[0];
+    d->has_generation = generation >= 0;
+    d->generation = generation >= 0 ? (uint64_t)generation : 0;
+    r->b.c = &r->cli;
+    r->b.disks = &r->disk;
+}
+
+static void run_free(struct run *r)
+{
+    struct backup_disk *d = &r->disk;
+    char *strings[] = {d->why, d->bitmap, d->frozen, d->node, d->job, d->file, d->tmp};
+    for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
+        mem_free(strings[i]);
+    manifest_fini(&r->b.manifest);
+}
+
+/* A bitmap that was cleared, or stopped for a while, looks as before: only its generation tells. */
+TEST(lost_sight_makes_a_full_backup)
+{
+    static const struct {
+        int generation; /* of the last point */
+        const char *node, *why;
+    } cases[] = {
+        {7, NODE(", \"generation\": 7"), NULL},
+        {7, NODE(", \"generation\": 8"), "was cleared"},
+        {7, NODE(", \"generation\": 6"), "was cleared"},
+        {7, NODE(""), "this daemon does not tell"},
+        {7, NODE(", \"generation\": \"7\""), "this daemon does not tell"},
+        {7, NODE(", \"generation\": -7"), "this daemon does not tell"},
+        {0, NODE(", \"generation\": 0"), NULL},
+        {0, NODE(""), "this daemon does not tell"},
+        {-1, NODE(""), NULL}, /* as older tools made it, and a daemon that does not tell */
+        {-1, NODE(", \"generation\": 0"), "last point does not tell"},
+        {-1, NODE(", \"busy\": true"), "in use"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *const script[] = {GREETING, EMPTY, COMMANDS, COMMANDS, cases[i].node, NULL};
+        struct run r;
+        struct dir d;
+        struct tide_error err;
+        pid_t pid;
+        run_new(&r, cases[i].generation);
+        assert_int_equal(open_player(&d, script, &r.cli.client, &pid, &err), 0);
+        assert_int_equal(backup_plan(&r.b, &err), 0);
+        assert_int_equal(r.disk.full, cases[i].why != NULL);
+        if (cases[i].why && !strstr(r.disk.why, cases[i].why))
+            fail_msg("case %zu: '%s'", i, r.disk.why);
+        close_player(&d, r.cli.client, pid);
+        run_free(&r);
+    }
+}
+
+#define NEW_NODE(members, members_below)                                                           \
+    "{\"return\": [{\"node-name\": \"disk1\", \"dirty-bitmaps\": ["                                \
+    "{\"name\": \"b-new\"" members "}, {\"name\": \"b-2\"" members_below "}]}]}"
+#define ON ", \"recording\": true"
+#define GEN(n) ON ", \"generation\": " #n
+
+/* Somebody clears the old or the new bitmap while the run is between its first look and its
+ * transaction: no point comes of it. */
+TEST(lost_sight_while_a_backup_begins)
+{
+    static const struct {
+        const char *before, *after;
+        int result;
+    } cases[] = {
+        {NEW_NODE(GEN(9), GEN(7)), NEW_NODE(GEN(9), GEN(7)), 0},
+        {NEW_NODE(GEN(9), GEN(7)), NEW_NODE(GEN(10), GEN(7)), -EBUSY},
+        {NEW_NODE(GEN(9), GEN(7)), NEW_NODE(GEN(9), GEN(10)), -EBUSY},
+        {NEW_NODE(GEN(9), GEN(7)), NEW_NODE(", \"generation\": 9", GEN(7)), -EBUSY},
+        {NEW_NODE(GEN(9), GEN(7)), "{\"return\": [{\"node-name\": \"disk1\"}]}", -EBUSY},
+        {NEW_NODE(", \"generation\": 9", GEN(7)), NULL, -EBUSY},
+        {NEW_NODE(GEN(9), GEN(7)), NULL, CLIENT_UNREACHABLE},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        /* the bitmap, refused as a persistent one; the look; the transaction; the look */
+        const char *const script[] = {GREETING,        EMPTY, "{\"error\": {}}", EMPTY,
+                                      cases[i].before, EMPTY, cases[i].after,    NULL};
+        struct run r;
+        struct dir d;
+        struct tide_error err;
+        pid_t pid;
+        run_new(&r, 7);
+        r.disk.below = &r.b.manifest.points[1].disks[0];
+        r.disk.bitmap = cli_strdup("b-new");
+        r.disk.frozen = cli_strdup("b-new.frozen");
+        r.disk.job = cli_strdup("job");
+        r.disk.node = cli_strdup("target");
+        assert_int_equal(open_player(&d, script, &r.cli.client, &pid, &err), 0);
+        assert_int_equal(backup_begin(&r.b, &err), cases[i].result);
+        if (cases[i].result == 0)
+            assert_true(r.disk.has_generation && r.disk.generation == 9);
+        close_player(&d, r.cli.client, pid);
+        run_free(&r);
+    }
+}
+
+/* ---- waiting for jobs ---- */
+
+/* One that waits for its group, none of which moves, and three that wait for a command. */
+#define STANDING                                                                                   \
+    "{\"return\": [{\"id\": \"a\", \"status\": \"waiting\"}, {\"id\": \"b\", \"status\": "         \
+    "\"pending\"}, {\"id\": \"c\", \"status\": \"ready\"}, {\"id\": \"d\", \"status\": "           \
+    "\"paused\"}]}"
+
+/* A daemon that answers every request by `answer`. */
+static pid_t play_on(struct dir *d, const char *answer, const char *path)
+{
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    snprintf(sa.sun_path, sizeof sa.sun_path, "%s", path);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    assert_int_equal(bind(listener, (struct sockaddr *)&sa, sizeof sa), 0);
+    assert_int_equal(listen(listener, 1), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        char buf[4096];
+        int fd = accept(listener, NULL, NULL);
+        const char *text = GREETING;
+        while (write(fd, text, strlen(text)) > 0 && read(fd, buf, sizeof buf) > 0)
+            text = strstr(buf, "qmp_capabilities") ? EMPTY : answer;
+        _exit(0);
+    }
+    close(listener);
+    return pid;
+}
+
+TEST(waiting_for_jobs_that_stand_ends)
+{
+    const char *words[] = {"a", "b", "c", "d"};
+    struct dir d;
+    char path[80];
+    dir_new(&d);
+    snprintf(path, sizeof path, "%s/s", d.path);
+    pid_t pid = play_on(&d, STANDING, path);
+    struct cli c = {.socket = path, .args = words, .n_args = 4};
+    alarm(60); /* a test that hangs dies */
+    assert_int_equal(cmd_job_wait(&c), CLI_PARTLY);
+    alarm(0);
+    close_player(&d, c.client, pid);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -765,6 +996,7 @@ int main(void)
         cmocka_unit_test(manifest_refuses_hostile_names),
         cmocka_unit_test(manifest_refuses_hostile_ranges),
         cmocka_unit_test(manifest_refuses_wrong_chains),
+        cmocka_unit_test(manifest_keeps_generations),
         cmocka_unit_test(manifest_refuses_other_damage),
         cmocka_unit_test(manifest_file_names),
         cmocka_unit_test(points_are_chosen),
@@ -772,11 +1004,16 @@ int main(void)
         cmocka_unit_test(manifest_is_saved_and_loaded),
         cmocka_unit_test(image_scan_verify_apply),
         cmocka_unit_test(image_open_follows_no_link),
+        cmocka_unit_test(fifos_in_a_backup_directory_are_refused),
         cmocka_unit_test(image_work_can_be_interrupted),
         cmocka_unit_test(client_talks),
         cmocka_unit_test(client_survives_bad_peers),
         cmocka_unit_test(client_without_a_daemon),
         cmocka_unit_test(dirty_ranges_come_in_pages),
+        cmocka_unit_test(own_bitmaps_are_known_by_name),
+        cmocka_unit_test(lost_sight_makes_a_full_backup),
+        cmocka_unit_test(lost_sight_while_a_backup_begins),
+        cmocka_unit_test(waiting_for_jobs_that_stand_ends),
     };
     return cmocka_run_group_tests_name("cli", tests, NULL, NULL);
 }

@@ -4,7 +4,8 @@
  * Files are written under temporary names, synced, renamed, and the directory synced; the manifest
  * comes last of all. Until its rename the directory is the one of before, plus files that nothing
  * names; the next run removes those. After it, the new point exists. A lock on the directory keeps
- * two runs apart. */
+ * two runs apart. A copy of a disk is as secret as the disk: only the owner may read what is made
+ * here. */
 #include "base/mem.h"
 #include "cli/backup.h"
 #include "cli/image.h"
@@ -72,25 +73,25 @@ static int check_empty(struct backup *b, struct tide_error *err)
 
 static int open_dir(struct backup *b, struct tide_error *err)
 {
-    if (mkdir(b->dir, 0777) < 0 && errno != EEXIST)
+    if (mkdir(b->dir, 0700) < 0 && errno != EEXIST)
         return tide_fail(err, -errno, "cannot make '%s': %s", b->dir, tide_strerror(errno));
     b->dir_fd = open(b->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     b->path = realpath(b->dir, NULL);
     if (b->dir_fd < 0 || !b->path)
         return tide_fail(err, -errno, "cannot open '%s': %s", b->dir, tide_strerror(errno));
     if (flock(b->dir_fd, LOCK_EX | LOCK_NB) < 0)
-        return tide_fail(err, -errno, "'%s' is in use by another run", b->dir);
+        return errno == EWOULDBLOCK
+                   ? tide_fail(err, -EBUSY, "'%s' is in use by another run", b->dir)
+                   : tide_fail(err, -errno, "cannot lock '%s': %s", b->dir, tide_strerror(errno));
     int r = manifest_load(b->dir_fd, &b->manifest, err);
     if (r != -ENOENT)
         return r;
     r = check_empty(b, err);
     if (r < 0)
         return r;
-    int parent = openat(b->dir_fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (parent >= 0) { /* may be forbidden to us; then the directory's name is not ours to sync */
-        fsync(parent);
-        close(parent);
-    }
+    r = cli_sync_above(b->dir_fd, b->dir, err);
+    if (r < 0)
+        return r;
     bool renamed;
     uuid_new(b->manifest.id);
     return manifest_save(b->dir_fd, &b->manifest, &renamed, err);
@@ -138,7 +139,7 @@ static int create_files(struct backup *b, struct tide_error *err)
 {
     for (size_t i = 0; i < b->n; i++) {
         struct backup_disk *d = &b->disks[i];
-        d->fd = openat(b->dir_fd, d->tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        d->fd = openat(b->dir_fd, d->tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
         if (d->fd < 0 || ftruncate(d->fd, (off_t)d->size) < 0)
             return tide_fail(err, -errno, "cannot create '%s/%s': %s", b->dir, d->tmp,
                              tide_strerror(errno));
@@ -212,6 +213,8 @@ static void fill_point(const struct backup *b, struct manifest_disk *disks,
                                           .bitmap = d->bitmap,
                                           .size = d->size,
                                           .granularity = b->granularity,
+                                          .generation = d->generation,
+                                          .has_generation = d->has_generation,
                                           .full = d->full,
                                           .extents = d->extents,
                                           .n_extents = d->n_extents};

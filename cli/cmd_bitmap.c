@@ -2,7 +2,7 @@
 /* bitmap ls, add, rm, clear, enable, disable, merge, map. */
 #include "base/bytes.h"
 #include "base/mem.h"
-#include "cli/cli.h"
+#include "cli/backup.h"
 #include "cli/progress.h"
 #include "cli/size.h"
 #include "cli/table.h"
@@ -38,14 +38,30 @@ static json_t *node_and_name(const struct cli *c)
     return cli_pack("{s:s, s:s}", "node", c->args[0], "name", c->args[1]);
 }
 
+/* A bitmap that a backup directory counts on is not changed by a slip of the hand. `loss` says what
+ * it would cost. */
+static int guard(const struct cli *c, const char *loss)
+{
+    if (!backup_owns_bitmap(c->args[1]) || cli_option(c, "force"))
+        return CLI_DONE;
+    cli_error("bitmap '%s' belongs to a backup directory: %s", c->args[1], loss);
+    cli_hint(
+        "'--force' does it all the same; 'tidemark backup' removes it when it needs it no more");
+    return CLI_FAILED;
+}
+
 int cmd_bitmap_rm(struct cli *c)
 {
-    return call(c, "block-dirty-bitmap-remove", node_and_name(c));
+    int code = guard(c, "without it nobody knows what changed since the last point there, and the "
+                        "next backup has to copy everything");
+    return code ? code : call(c, "block-dirty-bitmap-remove", node_and_name(c));
 }
 
 int cmd_bitmap_clear(struct cli *c)
 {
-    return call(c, "block-dirty-bitmap-clear", node_and_name(c));
+    int code = guard(c, "it would forget what changed since the last point there, and the next "
+                        "backup has to copy everything");
+    return code ? code : call(c, "block-dirty-bitmap-clear", node_and_name(c));
 }
 
 int cmd_bitmap_enable(struct cli *c)
@@ -55,7 +71,9 @@ int cmd_bitmap_enable(struct cli *c)
 
 int cmd_bitmap_disable(struct cli *c)
 {
-    return call(c, "block-dirty-bitmap-disable", node_and_name(c));
+    int code = guard(c, "it would miss what changes from now on, and the next backup has to copy "
+                        "everything, also after it is enabled again");
+    return code ? code : call(c, "block-dirty-bitmap-disable", node_and_name(c));
 }
 
 int cmd_bitmap_add(struct cli *c)
@@ -91,6 +109,10 @@ static json_t *source(const char *text)
 
 int cmd_bitmap_merge(struct cli *c)
 {
+    int code = guard(c, "it would no longer tell what changed since the last point there, and the "
+                        "next backup has to copy more, or everything");
+    if (code)
+        return code;
     json_t *sources = cli_pack("[]");
     for (size_t i = 2; i < c->n_args; i++)
         json_array_append_new(sources, source(c->args[i]));

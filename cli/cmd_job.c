@@ -8,6 +8,9 @@
 #include "cli/view.h"
 #include <errno.h>
 #include <string.h>
+#include <time.h>
+
+#define STANDS_MS 5000 /* longer than a drain pauses a job */
 
 /* ---- ls and cancel ---- */
 
@@ -72,11 +75,18 @@ int cmd_job_cancel(struct cli *c)
 /* ---- wait ---- */
 
 /* A job that somebody waits for. Its result comes in an event just before it vanishes, or stays
- * readable if it was made with auto-dismiss off. */
+ * readable if it was made with auto-dismiss off.
+ *
+ * A job may also stand still until somebody sends it a command: waiting would never end then. One
+ * that does so for STANDS_MS is reported, once, and when all that have not ended stand, the waiting
+ * is over. */
 struct awaited {
     const char *id;
+    char status[16];
     bool ended;
-    char *error; /* NULL: it went well */
+    int64_t stands_since_ms; /* 0: it moves */
+    bool stands;             /* for long enough, and was reported */
+    char *error;             /* NULL: it went well */
     uint64_t done, total;
 };
 
@@ -118,6 +128,78 @@ static void take_event(struct wait *w, json_t *event)
         end(w, j, NULL);
 }
 
+/* The command that a job of this status stands and waits for; NULL: it goes on by itself. */
+static const char *needed_command(const char *status)
+{
+    static const struct {
+        const char *status, *command;
+    } needs[] = {{"pending", "job-finalize"},
+                 {"ready", "job-complete"},
+                 {"standby", "job-resume"},
+                 {"paused", "job-resume"}};
+    for (size_t i = 0; i < sizeof needs / sizeof *needs; i++)
+        if (strcmp(needs[i].status, status) == 0)
+            return needs[i].command;
+    return NULL;
+}
+
+static bool moves(const char *status)
+{
+    return strcmp(status, "waiting") != 0 && strcmp(status, "concluded") != 0 &&
+           !needed_command(status);
+}
+
+static int64_t now_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* `any_moves`: some job of the daemon does; one that waits for its group may then wait for that. */
+static void note_status(struct awaited *a, const char *status, bool any_moves)
+{
+    bool stands = needed_command(status) || (strcmp(status, "waiting") == 0 && !any_moves);
+    if (!stands || strcmp(a->status, status) != 0) {
+        a->stands_since_ms = 0;
+        a->stands = false;
+    }
+    snprintf(a->status, sizeof a->status, "%s", status);
+    if (stands && !a->stands_since_ms)
+        a->stands_since_ms = now_ms();
+}
+
+static void report_standing(const struct awaited *a)
+{
+    const char *command = needed_command(a->status);
+    cli_error("job '%s' is %s and does not go on by itself", a->id, a->status);
+    if (command)
+        cli_hint(
+            "'tidemark qmp %s '{\"id\": \"%s\"}'' lets it go on, 'tidemark job cancel %s' ends "
+            "it",
+            command, a->id, a->id);
+    else
+        cli_hint("it waits for the other jobs of its group: 'tidemark job ls' shows them");
+}
+
+/* Reports jobs that have come to stand. Do all stand that have not ended? */
+static bool all_stand(struct wait *w, struct progress *p)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < w->n; i++) {
+        struct awaited *a = &w->jobs[i];
+        if (a->ended || !a->stands_since_ms)
+            continue;
+        if (!a->stands && now_ms() - a->stands_since_ms >= STANDS_MS) {
+            a->stands = true;
+            progress_end(p);
+            report_standing(a);
+        }
+        n += a->stands;
+    }
+    return n > 0 && n + w->n_ended == w->n;
+}
+
 /* Looks at the jobs that are there. `first`: one that is not there never was. */
 static int look(struct cli *c, struct wait *w, bool first, struct tide_error *err)
 {
@@ -125,10 +207,14 @@ static int look(struct cli *c, struct wait *w, bool first, struct tide_error *er
     int r = client_call(c->client, "query-jobs", NULL, &jobs, err);
     if (r < 0)
         return r;
+    json_t *j;
+    size_t k;
+    bool any_moves = false;
+    json_array_foreach (jobs, k, j)
+        any_moves |= moves(view_string(j, "status", ""));
     for (size_t i = 0; i < w->n; i++) {
         struct awaited *a = &w->jobs[i];
-        json_t *found = NULL, *j;
-        size_t k;
+        json_t *found = NULL;
         json_array_foreach (jobs, k, j)
             if (strcmp(view_string(j, "id", ""), a->id) == 0)
                 found = j;
@@ -138,7 +224,8 @@ static int look(struct cli *c, struct wait *w, bool first, struct tide_error *er
             continue;
         a->done = view_number(found, "current-progress");
         a->total = view_number(found, "total-progress");
-        if (strcmp(view_string(found, "status", ""), "concluded") == 0)
+        note_status(a, view_string(found, "status", ""), any_moves);
+        if (strcmp(a->status, "concluded") == 0)
             end(w, a, view_string(found, "error", NULL));
     }
     json_decref(jobs);
@@ -151,7 +238,7 @@ static int wait_all(struct cli *c, struct wait *w, struct tide_error *err)
     struct progress_line *lines = cli_alloc(w->n, sizeof *lines);
     progress_start(&p, c->progress);
     int r = look(c, w, true, err);
-    while (r == 0 && w->n_ended < w->n) {
+    while (r == 0 && w->n_ended < w->n && !all_stand(w, &p)) {
         for (size_t i = 0; i < w->n; i++)
             lines[i] = (struct progress_line){w->jobs[i].id, w->jobs[i].done, w->jobs[i].total};
         progress_draw(&p, lines, w->n, false);
@@ -175,13 +262,17 @@ static int print_results(struct cli *c, const struct wait *w)
     for (size_t i = 0; i < w->n; i++) {
         const struct awaited *j = &w->jobs[i];
         n_failed += j->error != NULL;
-        json_array_append_new(list, cli_pack("{s:s, s:s?}", "job", j->id, "error", j->error));
+        json_array_append_new(list,
+                              cli_pack("{s:s, s:s, s:s?}", "job", j->id, "status",
+                                       j->ended ? "concluded" : j->status, "error", j->error));
         if (j->error)
             cli_error("job '%s': %s", j->id, j->error);
     }
     if (c->json)
         cli_print_json(json_incref(list));
     json_decref(list);
+    if (w->n_ended < w->n)
+        return CLI_PARTLY;
     return n_failed == 0 ? CLI_DONE : n_failed == w->n ? CLI_FAILED : CLI_PARTLY;
 }
 

@@ -22,13 +22,26 @@
 
 /* ---- the directory ---- */
 
-/* Opens and reads it. The shared lock keeps a backup from adding to it meanwhile, nothing else. */
-static int open_backup(const char *dir, int *dir_fd, struct manifest *m, struct tide_error *err)
+/* Keeps backups from changing the directory until it is closed. A file system that knows no such
+ * locks gives none: that must not keep anybody from a restore. */
+static int lock_backup(int dir_fd, struct tide_error *err)
+{
+    if (flock(dir_fd, LOCK_SH | LOCK_NB) == 0 || errno != EWOULDBLOCK)
+        return 0;
+    return tide_fail(err, -EBUSY, "a backup into it is running");
+}
+
+/* Opens and reads it. What reads more than the manifest, which is replaced in one step, asks for
+ * the shared lock. */
+static int open_backup(const char *dir, bool lock, int *dir_fd, struct manifest *m,
+                       struct tide_error *err)
 {
     *dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (*dir_fd < 0)
         return tide_fail(err, -errno, "cannot open '%s': %s", dir, tide_strerror(errno));
-    int r = manifest_load(*dir_fd, m, err);
+    int r = lock ? lock_backup(*dir_fd, err) : 0;
+    if (r == 0)
+        r = manifest_load(*dir_fd, m, err);
     if (r < 0) {
         tide_error_prefix(err, "'%s': ", dir);
         close(*dir_fd);
@@ -113,7 +126,7 @@ int cmd_points(struct cli *c)
     struct tide_error err;
     struct manifest m;
     int dir_fd, code = CLI_DONE;
-    if (open_backup(c->args[0], &dir_fd, &m, &err) < 0)
+    if (open_backup(c->args[0], false, &dir_fd, &m, &err) < 0)
         return cli_fail(&err);
     if (c->json) {
         json_t *list = cli_pack("[]");
@@ -177,7 +190,7 @@ int cmd_verify(struct cli *c)
     struct tide_error err;
     struct manifest m;
     int dir_fd;
-    int r = open_backup(c->args[0], &dir_fd, &m, &err);
+    int r = open_backup(c->args[0], true, &dir_fd, &m, &err);
     if (r < 0) {
         cli_fail(&err);
         return r == -EBADMSG ? CLI_NO : CLI_FAILED;
@@ -204,6 +217,8 @@ struct target {
     char *path, *tmp;
     int fd; /* of the temporary file; -1 */
     bool renamed;
+    bool replaces; /* the file described by `old` */
+    struct stat old;
 };
 
 struct restore {
@@ -214,6 +229,7 @@ struct restore {
     struct target *targets;
     size_t n;
     bool force;
+    bool made_dir; /* of --to */
 };
 
 static void restore_free(struct restore *r)
@@ -240,12 +256,13 @@ static int add_target(struct restore *r, const struct manifest_disk *d, char *pa
     for (size_t i = 0; i + 1 < r->n; i++)
         if (strcmp(r->targets[i].path, path) == 0)
             return tide_fail(err, -EINVAL, "two disks cannot both go to '%s'", path);
-    struct stat st;
-    if (lstat(path, &st) < 0)
+    struct target *t = &r->targets[r->n - 1];
+    if (lstat(path, &t->old) < 0)
         return errno == ENOENT
                    ? 0
                    : tide_fail(err, -errno, "cannot use '%s': %s", path, tide_strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    t->replaces = true;
+    if (!S_ISREG(t->old.st_mode))
         return tide_fail(err, -EEXIST, "'%s' is there and no regular file", path);
     if (!r->force)
         return tide_fail(err, -EEXIST, "'%s' is there already", path);
@@ -276,7 +293,8 @@ static int take_targets(struct restore *r, struct tide_error *err)
     }
     if (!dir)
         return 0;
-    if (mkdir(dir, 0777) < 0 && errno != EEXIST)
+    r->made_dir = mkdir(dir, 0700) == 0;
+    if (!r->made_dir && errno != EEXIST)
         return tide_fail(err, -errno, "cannot make '%s': %s", dir, tide_strerror(errno));
     for (size_t i = 0; i < r->point->n_disks; i++) {
         const struct manifest_disk *d = &r->point->disks[i];
@@ -296,11 +314,24 @@ static int create_target(struct target *t, struct tide_error *err)
         return tide_fail(err, -errno, "cannot create '%s': %s", t->path, tide_strerror(errno));
     }
     t->tmp = tmp;
-    mode_t mask = umask(0); /* as any other new file, not as a secret */
-    umask(mask);
-    if (fchmod(t->fd, 0666 & ~mask) < 0 || ftruncate(t->fd, (off_t)t->disk->size) < 0)
+    if (ftruncate(t->fd, (off_t)t->disk->size) < 0)
         return tide_fail(err, -errno, "cannot make '%s' %" PRIu64 " bytes long: %s", t->tmp,
                          t->disk->size, tide_strerror(errno));
+    return 0;
+}
+
+/* A new file is for its owner only, as mkostemp() made it. One that replaces another takes over who
+ * may use it; if its owner or group cannot be kept, the group's rights would be another group's. */
+static int give_mode(const struct target *t, struct tide_error *err)
+{
+    mode_t mode = t->old.st_mode & 0777;
+    if (!t->replaces)
+        return 0;
+    if (fchown(t->fd, t->old.st_uid, t->old.st_gid) < 0)
+        mode &= ~(mode_t)070;
+    if (fchmod(t->fd, mode) < 0)
+        return tide_fail(err, -errno, "cannot set the mode of '%s': %s", t->tmp,
+                         tide_strerror(errno));
     return 0;
 }
 
@@ -338,6 +369,8 @@ static int fill_target(struct restore *r, struct target *t, struct tide_error *e
         if (fd >= 0)
             close(fd);
     }
+    if (e == 0)
+        e = give_mode(t, err);
     if (e == 0 && fsync(t->fd) < 0)
         e = tide_fail(err, -errno, "cannot sync '%s': %s", t->tmp, tide_strerror(errno));
     progress_end(&w.p);
@@ -345,7 +378,7 @@ static int fill_target(struct restore *r, struct target *t, struct tide_error *e
     return e;
 }
 
-static int sync_parent(const char *path, struct tide_error *err)
+static int sync_dir_of(const char *path, struct tide_error *err)
 {
     const char *slash = strrchr(path, '/');
     mem_autofree char *dir =
@@ -370,7 +403,53 @@ static int give_name(const struct restore *r, struct target *t, struct tide_erro
         return tide_fail(err, -errno, "cannot rename '%s' to '%s': %s", t->tmp, t->path,
                          tide_strerror(errno));
     t->renamed = true;
-    return sync_parent(t->path, err);
+    return 0;
+}
+
+/* What was renamed is there now, but may be gone again after a power cut before its name and the
+ * names above it are on disk. */
+static int sync_names(const struct restore *r)
+{
+    struct tide_error err;
+    int code = CLI_DONE;
+    for (size_t i = 0; i < r->n; i++) {
+        const struct target *t = &r->targets[i];
+        if (!t->renamed || sync_dir_of(t->path, &err) == 0)
+            continue;
+        cli_error("'%s' is restored and in place, but its name may not outlast a power cut: %s",
+                  t->path, err.msg);
+        code = CLI_PARTLY;
+    }
+    const char *dir = cli_option(r->c, "to");
+    int fd = r->made_dir ? open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (r->made_dir &&
+        (fd < 0 ? tide_fail(&err, -errno, "cannot open '%s': %s", dir, tide_strerror(errno))
+                : cli_sync_above(fd, dir, &err)) < 0) {
+        cli_error("all is restored and in place, but '%s' itself may not outlast a power cut: %s",
+                  dir, err.msg);
+        code = CLI_PARTLY;
+    }
+    if (fd >= 0)
+        close(fd);
+    return code;
+}
+
+/* All files get their names. An error on the way leaves those before it in place, and says so. */
+static int give_names(struct restore *r)
+{
+    struct tide_error err;
+    size_t n = 0;
+    while (n < r->n && give_name(r, &r->targets[n], &err) == 0)
+        n++;
+    if (n == r->n)
+        return sync_names(r);
+    cli_fail(&err);
+    for (size_t i = 0; i < n; i++)
+        cli_error("'%s' is restored and in place already", r->targets[i].path);
+    if (n == 0)
+        return CLI_FAILED;
+    sync_names(r);
+    return CLI_PARTLY;
 }
 
 static int print_restored(const struct restore *r)
@@ -418,12 +497,12 @@ static int restore(struct restore *r)
         e = fill_target(r, &r->targets[i], &err);
     if (e < 0)
         return cli_fail(&err);
+    int code = give_names(r);
     for (size_t i = 0; i < r->n; i++)
-        if (give_name(r, &r->targets[i], &err) < 0) {
-            cli_fail(&err);
-            return i > 0 ? CLI_PARTLY : CLI_FAILED;
-        }
-    return print_restored(r);
+        if (!r->targets[i].renamed)
+            return code;
+    int printed = print_restored(r);
+    return code == CLI_DONE ? printed : code;
 }
 
 int cmd_restore(struct cli *c)
@@ -434,7 +513,7 @@ int cmd_restore(struct cli *c)
         return cli_usage(c, "where to? '--to OUTDIR' or '--disk NAME=PATH' is missing");
     if (cli_option(c, "to") && cli_option(c, "disk"))
         return cli_usage(c, "'--to' and '--disk' exclude each other");
-    if (open_backup(c->args[0], &r.dir_fd, &r.manifest, &err) < 0)
+    if (open_backup(c->args[0], true, &r.dir_fd, &r.manifest, &err) < 0)
         return cli_fail(&err);
     client_catch_interrupts();
     int code = restore(&r);

@@ -202,22 +202,13 @@ int image_scan(int fd, const struct ranges *ranges, struct image_watch *watch, s
 
 int image_open(int dir_fd, const struct manifest_disk *d, struct tide_error *err)
 {
-    int fd = openat(dir_fd, d->file, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0)
-        return tide_fail(err, -errno, "cannot open '%s': %s", d->file, tide_strerror(errno));
     struct stat st;
-    int r = fstat(fd, &st) < 0
-                ? tide_fail(err, -errno, "cannot look at '%s': %s", d->file, tide_strerror(errno))
-            : !S_ISREG(st.st_mode) ? tide_fail(err, -EINVAL, "'%s' is no regular file", d->file)
-            : (uint64_t)st.st_size != d->size
-                ? tide_fail(err, -EILSEQ, "'%s' has %" PRIu64 " bytes, the manifest says %" PRIu64,
-                            d->file, (uint64_t)st.st_size, d->size)
-                : 0;
-    if (r < 0) {
-        close(fd);
-        return r;
-    }
-    return fd;
+    int fd = manifest_open_file(dir_fd, d->file, &st, err);
+    if (fd < 0 || (uint64_t)st.st_size == d->size)
+        return fd;
+    close(fd);
+    return tide_fail(err, -EILSEQ, "'%s' has %" PRIu64 " bytes, the manifest says %" PRIu64,
+                     d->file, (uint64_t)st.st_size, d->size);
 }
 
 static int check_extent(int fd, const struct manifest_disk *d, const struct extent *e,

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* For backup_test.sh, by LD_PRELOAD: kills the program just before its n-th call of those that
  * change a file or talk to the daemon, n being in KILL_AT. Faster than strace by a factor of fifty.
- */
+ * And lets fsync() of the directory named by FAIL_SYNC fail. */
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 int openat(int dir, const char *path, int flags, ...);
@@ -22,6 +24,14 @@ static void count(void)
     }
     if (left > 0 && --left == 0)
         raise(SIGKILL);
+}
+
+static int must_fail(int fd)
+{
+    const char *dir = getenv("FAIL_SYNC");
+    struct stat named, opened;
+    return dir && stat(dir, &named) == 0 && fstat(fd, &opened) == 0 &&
+           named.st_dev == opened.st_dev && named.st_ino == opened.st_ino;
 }
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -41,6 +51,10 @@ ssize_t write(int fd, const void *buf, size_t len)
 int fsync(int fd)
 {
     count();
+    if (must_fail(fd)) {
+        errno = EIO;
+        return -1;
+    }
     return NEXT(fsync)(fd);
 }
 

@@ -22,6 +22,11 @@ static int cmd_completion(struct cli *c);
 
 #define ANY ((size_t)1000000)
 
+#define FORCE_DETAIL                                                                               \
+    "A bitmap that 'tidemark backup' made is refused without --force: the next backup\n"           \
+    "would have to copy everything.\n"                                                             \
+    "\n"
+
 static const struct cli_option global_options[] = {
     {"socket", "PATH", "the daemon's QMP socket (also TIDEMARK_SOCKET)"},
     {"json", NULL, "print JSON: bytes and names, no progress, no colour"},
@@ -32,23 +37,27 @@ static const struct cli_option global_options[] = {
 };
 
 static const struct cli_option serve_options[] = {
-    {"dir", "DIR", "where the sockets and the pid file go (default: of the default socket)"},
+    {"dir", "DIR", "of sockets and pid file (default: the default socket's)"},
     {"listen", "ADDR", "'unix' (default) or HOST:PORT for NBD"},
     {"format", "raw|qcow2", "of the images (default raw)"},
     {"read-only", NULL, "nobody can write"},
     {0},
 };
 static const struct cli_option add_options[] = {
-    {"granularity", "SIZE", "bytes per bit, a power of two (default: the daemon's, mostly 64K)"},
-    {"persistent", NULL, "keep it over a restart of the daemon, where the disk's format can"},
+    {"granularity", "SIZE", "bytes per bit, a power of two (default: mostly 64K)"},
+    {"persistent", NULL, "keep it over a restart of the daemon, where possible"},
     {"disabled", NULL, "do not record yet"},
+    {0},
+};
+static const struct cli_option force_options[] = {
+    {"force", NULL, "also a bitmap that a backup directory counts on"},
     {0},
 };
 static const struct cli_option backup_options[] = {
     {"to", "DIR", "the backup directory; made if it is missing"},
     {"full", NULL, "copy everything"},
     {"incremental", NULL, "copy only what changed, or fail"},
-    {"bitmap", "NAME", "first part of the names of the bitmaps (default tidemark-backup)"},
+    {"bitmap", "NAME", "how the bitmaps' names begin (default tidemark-backup)"},
     {"granularity", "SIZE", "of the bitmaps, a power of two (default 64K)"},
     {"speed", "SIZE", "bytes a second for each disk (default: no limit)"},
     {0},
@@ -62,8 +71,9 @@ static const struct cli_option restore_options[] = {
 
 static const struct cli_command commands[] = {
     {"serve", "IMAGE|NAME=IMAGE...", "start a daemon that serves images over NBD",
-     "Starts tidemarkd in the background. Every image becomes a disk, named after its file or as\n"
-     "given by NAME=, exported writable over NBD under that name, with discard passed on.\n"
+     "Starts tidemarkd in the background. Every image becomes a disk, named after its\n"
+     "file or as given by NAME=, exported writable over NBD under that name, with\n"
+     "discard passed on.\n"
      "\n"
      "Examples:\n"
      "  tidemark serve disk1.raw\n"
@@ -84,21 +94,22 @@ static const struct cli_command commands[] = {
      "  tidemark bitmap add disk1 b0\n"
      "  tidemark bitmap add disk1 fine --granularity 4K --disabled\n",
      add_options, 2, 2, cmd_bitmap_add},
-    {"bitmap rm", "NODE NAME", "remove a bitmap", "Example:\n  tidemark bitmap rm disk1 b0\n", NULL,
-     2, 2, cmd_bitmap_rm},
+    {"bitmap rm", "NODE NAME", "remove a bitmap",
+     FORCE_DETAIL "Example:\n  tidemark bitmap rm disk1 b0\n", force_options, 2, 2, cmd_bitmap_rm},
     {"bitmap clear", "NODE NAME", "forget what a bitmap recorded",
-     "Example:\n  tidemark bitmap clear disk1 b0\n", NULL, 2, 2, cmd_bitmap_clear},
+     FORCE_DETAIL "Example:\n  tidemark bitmap clear disk1 b0\n", force_options, 2, 2,
+     cmd_bitmap_clear},
     {"bitmap enable", "NODE NAME", "record", "Example:\n  tidemark bitmap enable disk1 b0\n", NULL,
      2, 2, cmd_bitmap_enable},
     {"bitmap disable", "NODE NAME", "stop recording",
-     "Example:\n  tidemark bitmap disable disk1 b0\n", NULL, 2, 2, cmd_bitmap_disable},
+     FORCE_DETAIL "Example:\n  tidemark bitmap disable disk1 b0\n", force_options, 2, 2,
+     cmd_bitmap_disable},
     {"bitmap merge", "NODE TARGET SOURCE...", "add what other bitmaps recorded",
-     "A SOURCE is a bitmap of the same node, or NODE/NAME. All are merged or none.\n"
-     "\n"
+     "A SOURCE is a bitmap of the same node, or NODE/NAME. All are merged or none.\n" FORCE_DETAIL
      "Examples:\n"
      "  tidemark bitmap merge disk1 week monday tuesday\n"
      "  tidemark bitmap merge overlay b0 base/b0\n",
-     NULL, 3, ANY, cmd_bitmap_merge},
+     force_options, 3, ANY, cmd_bitmap_merge},
     {"bitmap map", "NODE NAME", "draw which parts of the disk are dirty",
      "A cell is empty only if nothing in it is dirty, and full only if everything is.\n"
      "With --json: every dirty range, in bytes.\n"
@@ -108,19 +119,20 @@ static const struct cli_command commands[] = {
      "  tidemark bitmap map disk1 b0 --json | jq '.ranges | length'\n",
      NULL, 2, 2, cmd_bitmap_map},
     {"backup", "--to DIR NODE...", "back up disks at one point in time",
-     "All disks are copied as they are at one moment. A disk that was backed up to DIR before is\n"
-     "copied incrementally, if everything that changed since is known; else in full, and the "
-     "reason\n"
-     "is printed. --full and --incremental leave no choice. The daemon must see DIR by the same "
-     "path.\n"
+     "All disks are copied as they are at one moment. A disk that was backed up to DIR\n"
+     "before is copied incrementally, if everything that changed since is known; else\n"
+     "in full, and the reason is printed. --full and --incremental leave no choice.\n"
+     "The daemon must see DIR by the same path. Only the owner may read what is made.\n"
      "\n"
      "Examples:\n"
      "  tidemark backup --to /backups/vm7 disk1 disk2\n"
      "  tidemark backup --to /backups/vm7 --incremental --speed 100M disk1 disk2\n",
      backup_options, 1, ANY, cmd_backup},
     {"restore", "DIR [POINT]", "put disks back as they were at a point",
-     "POINT is 'latest' (default), a number, or a uuid or its first characters. Needs no daemon.\n"
-     "Every hash is checked while reading, and no target appears before all are complete.\n"
+     "POINT is 'latest' (default), a number, or a uuid or its first characters. Needs\n"
+     "no daemon. Every hash is checked while reading, and no target appears before all\n"
+     "are complete. A new file is for its owner only; one that replaces another gets\n"
+     "its mode.\n"
      "\n"
      "Examples:\n"
      "  tidemark restore /backups/vm7 --to /tmp/restored\n"
@@ -137,7 +149,8 @@ static const struct cli_command commands[] = {
      1, cmd_points},
     {"job ls", "", "list jobs", "Example:\n  tidemark job ls\n", NULL, 0, 0, cmd_job_ls},
     {"job wait", "ID...", "wait until jobs have ended",
-     "Exit code 1 if all of them failed or were cancelled, 4 if some did.\n"
+     "Exit code 1 if all of them failed or were cancelled, 4 if some did, or if a job\n"
+     "stands until somebody finalizes, completes or resumes it; how to is printed.\n"
      "\n"
      "Example:\n"
      "  tidemark job wait copy1 copy2\n",
@@ -145,13 +158,12 @@ static const struct cli_command commands[] = {
     {"job cancel", "ID", "cancel a job", "Example:\n  tidemark job cancel copy1\n", NULL, 1, 1,
      cmd_job_cancel},
     {"txn run", "FILE", "run a list of actions as one transaction",
-     "FILE holds a JSON list of actions, or an object with 'actions' and 'properties', as the QMP\n"
-     "command 'transaction' takes them; '-' is standard input.\n"
+     "FILE holds a JSON list of actions, or an object with 'actions' and 'properties',\n"
+     "as the QMP command 'transaction' takes them; '-' is standard input.\n"
      "\n"
      "Example:\n"
-     "  echo '[{\"type\": \"block-dirty-bitmap-clear\", \"data\": {\"node\": \"disk1\", \"name\": "
-     "\"b0\"}}]' |\n"
-     "      tidemark txn run -\n",
+     "  echo '[{\"type\": \"block-dirty-bitmap-clear\",\n"
+     "          \"data\": {\"node\": \"disk1\", \"name\": \"b0\"}}]' | tidemark txn run -\n",
      NULL, 1, 1, cmd_txn_run},
     {"qmp", "COMMAND [ARGUMENTS]", "send any QMP command, print the answer",
      "COMMAND is a name, or a whole request as a JSON object.\n"
@@ -218,6 +230,12 @@ static size_t noun_length(const struct cli_command *cmd)
     return strcspn(cmd->words, " ");
 }
 
+/* Arguments that the table has in small letters are words to type, not names of something. */
+static bool is_literal(const char *args)
+{
+    return *args && args[strspn(args, "abcdefghijklmnopqrstuvwxyz")] == '\0';
+}
+
 /* Is this the first command of its noun? */
 static bool first_of_noun(const struct cli_command *cmd)
 {
@@ -248,7 +266,10 @@ static int cmd_completion(struct cli *c)
     for (const struct cli_command *cmd = commands; cmd->words; cmd++)
         if (first_of_noun(cmd) && strchr(cmd->words, ' '))
             print_words_of_noun(cmd->words, noun_length(cmd));
-    printf("        completion) words=bash ;;\n        esac\n"
+    for (const struct cli_command *cmd = commands; cmd->words; cmd++)
+        if (is_literal(cmd->args))
+            printf("        %s) words=%s ;;\n", cmd->words, cmd->args);
+    printf("        esac\n"
            "    elif [[ $cur == -* ]]; then\n"
            "        case \"${COMP_WORDS[1]} ${COMP_WORDS[2]}\" in\n");
     for (const struct cli_command *cmd = commands; cmd->words; cmd++) {

@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -62,7 +63,7 @@ void uuid_new(char out[UUID_SIZE])
     }
 }
 
-static bool is_uuid(const char *s)
+bool uuid_is(const char *s)
 {
     for (int i = 0; i < UUID_SIZE - 1; i++) {
         bool dash = i == 8 || i == 13 || i == 18 || i == 23;
@@ -157,7 +158,7 @@ static int read_uuid(json_t *o, const char *key, char out[UUID_SIZE], struct tid
     int r = read_string(o, key, &s, err);
     if (r < 0)
         return r;
-    if (!is_uuid(s))
+    if (!uuid_is(s))
         return tide_fail(err, -EBADMSG, "the manifest is damaged: '%s' is no uuid", key);
     memcpy(out, s, UUID_SIZE);
     return 0;
@@ -257,6 +258,9 @@ static int read_disk(json_t *v, struct manifest *m, struct manifest_disk *d, str
         r = read_number(v, "size", &d->size, err);
     if (r == 0)
         r = read_number(v, "granularity", &d->granularity, err);
+    d->has_generation = json_object_get(v, "generation");
+    if (r == 0 && d->has_generation)
+        r = read_number(v, "generation", &d->generation, err);
     if (r < 0)
         return r;
     if (!is_pow2(d->granularity))
@@ -388,15 +392,33 @@ int manifest_parse(json_t *value, struct manifest *m, struct tide_error *err)
     return r;
 }
 
+int manifest_open_file(int dir_fd, const char *file, struct stat *st, struct tide_error *err)
+{
+    /* Not blocking: the open of a FIFO would wait for a writer that never comes. */
+    int fd = openat(dir_fd, file, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0)
+        return tide_fail(err, -errno, "cannot open '%s': %s", file, tide_strerror(errno));
+    int r = fstat(fd, st) < 0
+                ? tide_fail(err, -errno, "cannot look at '%s': %s", file, tide_strerror(errno))
+            : !S_ISREG(st->st_mode) ? tide_fail(err, -EBADMSG, "'%s' is no regular file", file)
+                                    : 0;
+    if (r < 0) {
+        close(fd);
+        return r;
+    }
+    return fd;
+}
+
 int manifest_load(int dir_fd, struct manifest *m, struct tide_error *err)
 {
-    int fd = openat(dir_fd, MANIFEST_FILE, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "r"); /* jansson reads a descriptor byte by byte */
+    struct stat st;
+    int fd = manifest_open_file(dir_fd, MANIFEST_FILE, &st, err);
+    if (fd < 0)
+        return fd;
+    FILE *f = fdopen(fd, "r"); /* jansson reads a descriptor byte by byte */
     if (!f) {
-        tide_fail(err, -errno, "cannot open '%s': %s", MANIFEST_FILE, tide_strerror(errno));
-        if (fd >= 0)
-            close(fd);
-        return err->code;
+        close(fd);
+        return tide_fail(err, -ENOMEM, "no memory for reading '%s'", MANIFEST_FILE);
     }
     json_error_t why;
     json_t *value = json_loadf(f, JSON_REJECT_DUPLICATES, &why);
@@ -437,11 +459,13 @@ static json_t *format_point(const struct manifest_point *p)
     json_t *disks = cli_pack("[]");
     for (size_t i = 0; i < p->n_disks; i++) {
         const struct manifest_disk *d = &p->disks[i];
-        json_array_append_new(
-            disks, cli_pack("{s:s, s:s, s:I, s:s, s:s, s:s, s:I, s:o}", "name", d->name, "kind",
-                            d->full ? "full" : "incremental", "size", (json_int_t)d->size, "format",
-                            "raw", "file", d->file, "bitmap", d->bitmap, "granularity",
-                            (json_int_t)d->granularity, "ranges", format_extents(d)));
+        json_t *v = cli_pack("{s:s, s:s, s:I, s:s, s:s, s:s, s:I, s:o}", "name", d->name, "kind",
+                             d->full ? "full" : "incremental", "size", (json_int_t)d->size,
+                             "format", "raw", "file", d->file, "bitmap", d->bitmap, "granularity",
+                             (json_int_t)d->granularity, "ranges", format_extents(d));
+        if (d->has_generation)
+            json_object_set_new(v, "generation", cli_pack("I", (json_int_t)d->generation));
+        json_array_append_new(disks, v);
     }
     return cli_pack("{s:s, s:s?, s:I, s:s, s:o}", "uuid", p->uuid, "parent",
                     p->parent[0] ? p->parent : NULL, "number", (json_int_t)p->number, "time",
@@ -464,7 +488,7 @@ json_t *manifest_format(const struct manifest *m)
 static int write_tmp(int dir_fd, const struct manifest *m, struct tide_error *err)
 {
     unlinkat(dir_fd, MANIFEST_TMP, 0);
-    int fd = openat(dir_fd, MANIFEST_TMP, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    int fd = openat(dir_fd, MANIFEST_TMP, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     FILE *f = fd < 0 ? NULL : fdopen(fd, "w"); /* jansson writes every token by itself */
     if (!f) {
         tide_fail(err, -errno, "cannot create '%s': %s", MANIFEST_TMP, tide_strerror(errno));

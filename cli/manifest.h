@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/stat.h>
 
 #define MANIFEST_FILE "manifest.json"
 #define MANIFEST_VERSION 1
@@ -24,6 +25,8 @@ struct manifest_disk {
     const char *file;   /* in the directory */
     const char *bitmap; /* records what changes after this point; "" if there is none */
     uint64_t size, granularity;
+    uint64_t generation;    /* of the bitmap; another one later: it may lack changes */
+    bool has_generation;    /* not every daemon tells */
     bool full;              /* all of the disk, not only what changed since the parent */
     struct extent *extents; /* sorted, apart */
     size_t n_extents;
@@ -53,6 +56,10 @@ int manifest_load(int dir_fd, struct manifest *m, struct tide_error *err);
 int manifest_parse(json_t *value, struct manifest *m, struct tide_error *err);
 void manifest_fini(struct manifest *m);
 
+/* Opens a file of a backup directory for reading: the descriptor, or -errno. The directory may be
+ * anybody's work, so links are not followed, and what is no regular file is refused at once. */
+int manifest_open_file(int dir_fd, const char *file, struct stat *st, struct tide_error *err);
+
 /* The value to write; the caller owns it. */
 json_t *manifest_format(const struct manifest *m);
 /* Replaces DIR/manifest.json: new file, fsync, rename, fsync of the directory. *renamed tells,
@@ -75,3 +82,4 @@ char *manifest_file_name(const char *disk, bool full, uint64_t number);
 bool manifest_is_file_name(const char *file, uint64_t number);
 
 void uuid_new(char out[UUID_SIZE]);
+bool uuid_is(const char *s);

@@ -75,6 +75,13 @@ json_t *view_bitmap(json_t *node, const char *name)
     return find(view_bitmaps(node), "name", name);
 }
 
+bool view_generation(const json_t *bitmap, uint64_t *generation)
+{
+    const json_t *v = json_object_get(bitmap, "generation");
+    *generation = view_number(bitmap, "generation");
+    return json_is_integer(v) && json_integer_value(v) >= 0;
+}
+
 const char *view_bitmap_state(const json_t *bitmap)
 {
     if (view_true(bitmap, "inconsistent"))

@@ -19,6 +19,10 @@ bool view_true(const json_t *object, const char *key);
 uint64_t view_size(json_t *node); /* of the disk, bytes */
 const char *view_file(json_t *node);
 
+/* Changes whenever a bitmap may have lost sight of changes (cleared, disabled, made anew). False:
+ * the daemon does not tell. */
+bool view_generation(const json_t *bitmap, uint64_t *generation);
+
 /* "on", "off", "busy", "inconsistent". */
 const char *view_bitmap_state(const json_t *bitmap);
 

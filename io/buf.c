@@ -3,8 +3,8 @@
  *
  * A buffer goes to the pool of the loop that frees it, so neither side takes a lock; a loop that
  * only frees what others get holds at most POOL_BYTES, its region included. Sizes above the largest
- * class, and what a thread that is no loop gets and puts, go to the allocator. A free buffer holds
- * its link in its first bytes.
+ * class go to the allocator. A free buffer holds its link in its first bytes. Threads that are no
+ * loops get and put none: they could not tell whose region a buffer belongs to.
  *
  * A loop may have a *region* (buf_region_start), whose memory its engine knows in advance: I/O with
  * it costs less. It is a range of addresses, cut into slabs. A slab is given to one class when that
@@ -26,6 +26,12 @@ enum {
     /* One class must not take the whole region: connections hold buffers that no file sees. */
     CLASS_SLABS = BUF_REGION_SLABS * 3 / 8,
 };
+
+static_assert((size_t)BUF_REGION_SLABS * BUF_SLAB_BYTES <= POOL_BYTES,
+              "the pool's limit includes the region");
+static_assert(BUF_SLAB_BYTES >= 1 << PAGE_SHIFT && !(BUF_SLAB_BYTES & (BUF_SLAB_BYTES - 1)),
+              "a slab is cut into whole buffers of any class up to its own size");
+static_assert(N_CLASSES <= UINT8_MAX, "slab_class[] holds a class in a byte");
 
 struct free_buf {
     struct free_buf *next;
@@ -208,13 +214,14 @@ void *io_buf_get(size_t len)
 {
     unsigned c = class_of(len);
     struct loop *l = loop_self();
-    struct buf_region *r = l ? atomic_load_explicit(&l->region, memory_order_relaxed) : NULL;
+    assert(l);
+    struct buf_region *r = atomic_load_explicit(&l->region, memory_order_relaxed);
     if (r && c < N_CLASSES) {
         void *buf = region_get(l, r, c);
         if (buf)
             return buf;
     }
-    if (c < N_CLASSES && l && l->bufs && l->bufs->classes[c]) {
+    if (c < N_CLASSES && l->bufs && l->bufs->classes[c]) {
         struct free_buf *b = l->bufs->classes[c];
         l->bufs->classes[c] = b->next;
         l->bufs->bytes -= class_size(c);
@@ -230,7 +237,8 @@ void io_buf_put(void *buf, size_t len)
     struct loop *l = loop_self();
     if (!buf)
         return;
-    if (c == N_CLASSES || !l) {
+    assert(l);
+    if (c == N_CLASSES) {
         mem_free(buf);
         return;
     }

@@ -198,11 +198,13 @@ static void detach_here(struct real_sock *s)
         real_sock_free(s);
         return;
     }
+    /* get_sqe() may take completions, and the last one frees `s`. */
+    unsigned armed = s->armed;
     s->dying = true;
     s->next_dying = e->dying;
     e->dying = s;
     for (int dir = 0; dir < 2; dir++)
-        if (s->armed & 1u << dir) {
+        if (armed & 1u << dir) {
             struct io_uring_sqe *sqe = get_sqe(e);
             io_uring_prep_poll_remove(sqe, sock_tag(s, dir));
             sqe->user_data = 0; /* an op without address: nobody waits for it */

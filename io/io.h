@@ -38,13 +38,15 @@ enum io_kind { IO_AUTO, IO_URING, IO_PORTABLE };
  * says no (EPERM, ENOSYS, EACCES, ENOMEM), logging once why. IO_URING insists. n_loops >= 1.
  * No thread is started before io_run. Not a co_fn. (The simulator has its own constructor.) */
 int io_new(enum io_kind kind, unsigned n_loops, struct io **out, struct tide_error *err);
-/* All loops have stopped. Frees everything. NULL is fine. */
+/* All loops have stopped. Frees everything. NULL is fine. System calls that still hang 10 s after
+ * io_stop() (a dead mount) are left behind with all memory they may touch: the process ends now. */
 void io_free(struct io *io);
 /* "io_uring", "portable" or "simulator". Any thread. */
 const char *io_engine_name(struct io *io);
 
 /* Starts the loops, runs loop 0 on this thread, starts main_fn(arg) as a coroutine on loop 0, and
- * returns when io_stop() was called and every loop has left. Not a co_fn. */
+ * returns when io_stop() was called and every loop has left (or hangs, as in io_free). Not a co_fn.
+ */
 int io_run(struct io *io, void (*main_fn)(void *), void *arg);
 /* Ask all loops to leave once their run queues are empty. Coroutines still parked are abandoned,
  * so whoever calls it has ended them first. Any thread. */
@@ -140,13 +142,15 @@ co_fn ssize_t io_pwritev(struct io_file *f, const struct iovec *iov, int n, uint
  * starts after it arrived; a failed sync is sticky: later ones fail until the file is reopened. */
 co_fn int io_fsync(struct io_file *f);
 
-enum io_alloc { IO_ZERO_KEEP, IO_ZERO_PUNCH, IO_DISCARD };
+enum io_alloc { IO_ZERO_KEEP, IO_ZERO_PUNCH, IO_ZERO_KEEP_FAST, IO_ZERO_PUNCH_FAST, IO_DISCARD };
 /* IO_ZERO_KEEP: reads as zero, stays allocated; IO_ZERO_PUNCH: reads as zero, space given back;
+ * _FAST: the same, but -EOPNOTSUPP where it would take as long as writing the zeroes;
  * IO_DISCARD: punch, contents unspecified. -EOPNOTSUPP where the file cannot. Never grows it. */
 co_fn int io_zero(struct io_file *f, uint64_t off, uint64_t len, enum io_alloc how);
 co_fn int io_truncate(struct io_file *f, uint64_t size);
 /* What lies at `off`: *data says data or hole, *len how far it reaches (at most `len` asked).
- * Beyond the end of the file is a hole without end. */
+ * Beyond the end of the file is a hole without end. What another process punches may be called data
+ * for a second more; what anybody writes is never called a hole. */
 co_fn int io_extent(struct io_file *f, uint64_t off, uint64_t *len, bool *data);
 /* Copy inside the kernel. Returns bytes copied (may be short), -EOPNOTSUPP/-EXDEV/-EINVAL: cannot. */
 co_fn ssize_t io_copy_range(struct io_file *src, uint64_t src_off, struct io_file *dst,

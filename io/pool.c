@@ -12,14 +12,17 @@
 enum { MAX_THREADS = 64 };
 
 /* Two for what changes the file (they would only fight for the inode lock), more for reads and
- * direct I/O, where depth is what makes a disk fast. */
-static const unsigned share_limit[N_POOL_CLASSES] = {[POOL_META] = 2, [POOL_DATA] = 8};
+ * direct I/O, where depth is what makes a disk fast; two for looking for holes, which waits for the
+ * inode lock and must not keep reads from their threads. */
+static const unsigned share_limit[N_POOL_CLASSES] = {
+    [POOL_META] = 2, [POOL_DATA] = 8, [POOL_LOOK] = 2};
 
 struct pool {
     pthread_mutex_t mutex;
     pthread_cond_t work;
+    pthread_cond_t left; /* a thread has ended; by CLOCK_MONOTONIC */
     struct pool_queue queue;
-    unsigned n_queued, n_idle, n_threads;
+    unsigned n_queued, n_idle, n_threads, n_left;
     bool ending, warned;
     pthread_t threads[MAX_THREADS];
 };
@@ -33,6 +36,7 @@ static ssize_t (*const run_op[N_POOL_KINDS])(struct pool_op *) = {
     [POOL_SYNC] = file_do_sync,
     [POOL_ZERO] = file_do_zero,
     [POOL_TRUNCATE] = file_do_truncate,
+    [POOL_EXTENT] = file_do_extent,
     [POOL_COPY] = file_do_copy,
     [POOL_LOCK] = file_do_lock,
     [POOL_RENAME] = file_do_rename,
@@ -106,6 +110,8 @@ static void *worker(void *arg)
         /* The last word about `op`: its memory, and soon its inode's, is the waiter's again. */
         co_wake(op->co);
     }
+    p->n_left++;
+    pthread_cond_signal(&p->left);
     pthread_mutex_unlock(&p->mutex);
     return NULL;
 }
@@ -150,21 +156,36 @@ int pool_new(struct pool **out)
         return -ENOMEM;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->work, NULL);
+    pthread_condattr_t by_clock;
+    pthread_condattr_init(&by_clock);
+    pthread_condattr_setclock(&by_clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&p->left, &by_clock);
+    pthread_condattr_destroy(&by_clock);
     *out = p;
     return 0;
 }
 
-void pool_free(struct pool *p)
+bool pool_free(struct pool *p, uint64_t deadline)
 {
     if (!p)
-        return;
+        return true;
+    struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
+    int r = 0;
     pthread_mutex_lock(&p->mutex);
     p->ending = true;
+    p->queue = (struct pool_queue){0}; /* who waited for them is gone */
     pthread_cond_broadcast(&p->work);
+    while (p->n_left < p->n_threads && r != ETIMEDOUT)
+        r = pthread_cond_timedwait(&p->left, &p->mutex, &until);
+    bool all = p->n_left == p->n_threads;
     pthread_mutex_unlock(&p->mutex);
+    if (!all)
+        return false;
     for (unsigned i = 0; i < p->n_threads; i++)
         pthread_join(p->threads[i], NULL);
     pthread_cond_destroy(&p->work);
+    pthread_cond_destroy(&p->left);
     pthread_mutex_destroy(&p->mutex);
     mem_free(p);
+    return true;
 }

@@ -24,6 +24,7 @@
 #define SPIN_MAX_NS 100000u
 #define SPIN_FIRST_NS 5000u
 #define LOAD_EVERY_NS 1000000000u
+#define LEAVE_NS 10000000000u
 
 /* ------------------------------------------------------------------ time and chance */
 
@@ -182,10 +183,25 @@ static void *loop_thread(void *arg)
 
 static void real_stop(struct io *io)
 {
+    atomic_store(&real_of(io)->stopped_at, real_now(io));
     for (unsigned i = 0; i < io->n_loops; i++) {
         atomic_store(&io->loops[i]->stopping, true);
         loop_kick(io->loops[i]);
     }
+}
+
+static uint64_t leave_deadline(struct real_io *r)
+{
+    uint64_t stopped = atomic_load(&r->stopped_at);
+    return (stopped ? stopped : real_now(&r->io)) + r->leave_ns;
+}
+
+/* False: it hangs in a system call. */
+static bool join_loop(struct real_io *r, pthread_t thread)
+{
+    uint64_t deadline = leave_deadline(r);
+    struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
+    return pthread_clockjoin_np(thread, NULL, CLOCK_MONOTONIC, &until) == 0;
 }
 
 static int real_run(struct io *io, void (*main_fn)(void *), void *arg)
@@ -210,8 +226,12 @@ static int real_run(struct io *io, void (*main_fn)(void *), void *arg)
         loop_main(io->loops[0]);
     else
         real_stop(io);
-    for (unsigned i = 1; i < n; i++)
-        pthread_join(threads[i], NULL);
+    for (unsigned i = 1; i < n; i++) {
+        if (join_loop(real_of(io), threads[i]))
+            continue;
+        log_error("io", "loop %u hangs in a system call and is left behind", i);
+        real_of(io)->stuck = true;
+    }
     mem_free(threads);
     return r;
 }
@@ -294,6 +314,7 @@ static const struct io_ops real_ops_table = {
 int real_init(struct real_io *io, const struct backend *be, unsigned n_loops)
 {
     io->be = be;
+    io->leave_ns = LEAVE_NS;
     io->ops = real_ops_table;
     io->ops.name = be->name;
     io->ops.kick = be->kick;
@@ -305,9 +326,14 @@ int real_init(struct real_io *io, const struct backend *be, unsigned n_loops)
 void real_free(struct io *io)
 {
     struct real_io *r = real_of(io);
+    if (r->stuck)
+        return;
+    if (!pool_free(r->pool, leave_deadline(r))) {
+        log_error("io", "file operations hang in system calls and are left behind");
+        return;
+    }
     if (r->signal_sock)
         real_sock_close(&r->signal_sock->sock);
-    pool_free(r->pool);
     for (unsigned i = 0; i < io->n_loops; i++)
         loop_run_leftovers(io->loops[i], real_sock_free_msg);
     r->be->free_loops(r);

@@ -61,6 +61,11 @@ struct real_io {
     pthread_mutex_t inode_mutex; /* guards the table and the reference counts in it */
     struct inode *inodes[N_INODE_BUCKETS];
     sigset_t signals;
+    /* Threads that hang in a system call (a dead mount) are left behind so long after io_stop(), and
+     * with them all they may still touch. */
+    uint64_t leave_ns;
+    _Atomic uint64_t stopped_at;
+    bool stuck; /* a loop's thread is one of them */
     struct real_sock *signal_sock;
 };
 static inline struct real_io *real_of(struct io *io)
@@ -76,7 +81,7 @@ uint64_t real_now(struct io *io);
 /* ------------------------------------------------------------------ pool */
 
 /* How much of the pool one inode may take, so that a dead mount leaves threads for the others. */
-enum pool_class { POOL_META, POOL_DATA, N_POOL_CLASSES };
+enum pool_class { POOL_META, POOL_DATA, POOL_LOOK, N_POOL_CLASSES };
 
 struct pool_queue {
     struct pool_op *head, *tail;
@@ -97,6 +102,7 @@ enum pool_kind {
     POOL_SYNC,
     POOL_ZERO,
     POOL_TRUNCATE,
+    POOL_EXTENT,
     POOL_COPY,
     POOL_LOCK,
     POOL_RENAME,
@@ -121,7 +127,7 @@ struct pool_op {
     unsigned flags, mode;
     const struct iovec *iov;
     int n;
-    bool write, test;
+    bool write, test, data;
     uint64_t off, off2, len;
     enum io_alloc alloc;
     enum io_lock lock;
@@ -131,7 +137,9 @@ struct pool_op {
 };
 
 int pool_new(struct pool **out);
-void pool_free(struct pool *p); /* nothing is under way; NULL is fine */
+/* Nothing is waited for any more; NULL is fine. False: at `deadline` (real_now) threads still hung
+ * in system calls, and nothing is freed. */
+bool pool_free(struct pool *p, uint64_t deadline);
 /* Runs `op` on a thread of the pool, waits for it, returns its result. */
 co_fn ssize_t pool_run(struct pool *p, struct pool_op *op);
 
@@ -144,6 +152,7 @@ ssize_t file_do_rw(struct pool_op *op);
 ssize_t file_do_sync(struct pool_op *op);
 ssize_t file_do_zero(struct pool_op *op);
 ssize_t file_do_truncate(struct pool_op *op);
+ssize_t file_do_extent(struct pool_op *op);
 ssize_t file_do_copy(struct pool_op *op);
 ssize_t file_do_lock(struct pool_op *op);
 ssize_t file_do_rename(struct pool_op *op);
@@ -156,7 +165,7 @@ ssize_t sock_do_connect(struct pool_op *op);
 
 struct role_req;
 
-/* One for all open files of an inode: who may write, and its share of the pool. */
+/* One for all open files of an inode: who may write, where data was seen, its share of the pool. */
 struct inode {
     uint64_t dev, ino;
     bool block;
@@ -166,6 +175,10 @@ struct inode {
     bool role_held;
     struct role_req *role_head, *role_tail;
     _Atomic uint64_t slow_until; /* writes go to the pool until then */
+    struct spin look_spin;       /* guards what follows */
+    uint64_t data_off, data_end; /* data is there, at least until data_until */
+    uint64_t data_until;
+    unsigned n_cuts; /* zeroes, punches, truncates that have begun or ended */
     struct pool_share share;
 };
 

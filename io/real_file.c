@@ -13,6 +13,11 @@
  * Flush: a sync covers what completed before it *starts*, so a flush may join a sync only while
  * that one waits to start. One runs, one waits, the rest join the waiting one.
  *
+ * Extents: looking for holes waits for the kernel's lock of the inode, which a writer (of any
+ * process) may hold for seconds. So it is done in the pool, and data that was found is remembered
+ * for a second, until we zero or cut something: at worst zeroes are read as data. Holes are not
+ * remembered, for a hole that somebody has filled meanwhile would be a lie.
+ *
  * Everything that changes names, sizes or allocation is done in the pool. */
 #include <assert.h>
 #include <errno.h>
@@ -36,6 +41,8 @@ enum { DRAIN_REQUESTS = 32 };
 #define SLOW_NS 2000000u
 #define SLOW_FOR_NS 1000000000u
 #define COPY_MAX_BYTES (64 * MIB)
+#define INLINE_BYTES MIB            /* read at once, before others of the loop have their turn */
+#define DATA_FOR_NS 1000000000u     /* so long is remembered where data lies */
 
 #ifndef RWF_NOWAIT
 #define RWF_NOWAIT 8
@@ -146,6 +153,19 @@ static uint32_t direct_align(int fd, bool block)
     return r == 512 ? 512 : 4096;
 }
 
+/* A file system that knows no RWF_NOWAIT (a network or user space mount) keeps a worker of the ring
+ * for each request, and when it is dead it keeps them all. Its direct I/O is done in the pool, where
+ * it has a share. Asked beyond any end, where nothing has to be read. */
+static bool refuses_nowait(int fd)
+{
+    char *buf = mem_aligned(4096, 4096);
+    struct iovec iov = {buf, 4096};
+    ssize_t r = buf ? preadv2(fd, &iov, 1, INT64_MAX - 8191, RWF_NOWAIT) : 0;
+    bool refuses = r < 0 && errno == EOPNOTSUPP;
+    mem_free(buf);
+    return refuses;
+}
+
 static bool lives_in_memory(int fd)
 {
     struct statfs fs;
@@ -166,6 +186,8 @@ ssize_t file_do_open(struct pool_op *op)
     f->align = f->direct ? direct_align(f->fd, f->block) : 1;
     /* A device node may lie in tmpfs; its data do not. */
     f->memory = S_ISREG(st.st_mode) && lives_in_memory(f->fd);
+    if (f->direct && !f->memory && refuses_nowait(f->fd))
+        f->read_mode = NOWAIT_NEVER;
     f->inode = inode_get(op->io, &st);
     return f->inode ? 0 : -ENOMEM;
 }
@@ -314,7 +336,7 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
         rl->requests++;
         if (in_pool) {
             struct pool_op op = file_op(f, POOL_RW);
-            op.class = write ? POOL_META : POOL_DATA;
+            op.class = write && !f->direct ? POOL_META : POOL_DATA;
             op.write = write;
             op.iov = rest;
             op.n = k;
@@ -340,15 +362,43 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
 
 /* ------------------------------------------------------------------ reads */
 
-/* What can be had without waiting, in *done. True: that is all there is (or *err says why). */
+/* At most `max` bytes of `iov`, which is changed. */
+static int iov_limit(struct iovec *iov, int n, size_t max)
+{
+    for (int i = 0; i < n; i++) {
+        if (iov[i].iov_len >= max) {
+            iov[i].iov_len = max;
+            return i + 1;
+        }
+        max -= iov[i].iov_len;
+    }
+    return n;
+}
+
+/* As iov_after(), but not beyond the first `stop` bytes of the whole. */
+static const struct iovec *iov_between(const struct iovec *iov, int n_iov, size_t skip, size_t stop,
+                                       size_t total, struct iovec tmp[N_IOV_TMP], int *n)
+{
+    const struct iovec *rest = iov_after(iov, n_iov, skip, tmp, n);
+    if (stop == total)
+        return rest;
+    *n = MIN(*n, N_IOV_TMP);
+    if (rest != tmp)
+        memcpy(tmp, rest, *n * sizeof *tmp);
+    *n = iov_limit(tmp, *n, stop - skip);
+    return tmp;
+}
+
+/* What of the first `stop` bytes can be had without waiting, in *done. False: the rest of them may
+ * take a while. */
 static bool read_now(struct real_file *f, const struct iovec *iov, int n, uint64_t off,
-                     size_t total, size_t *done, int *err)
+                     size_t total, size_t stop, size_t *done, int *err)
 {
     int mode = atomic_load_explicit(&f->read_mode, memory_order_relaxed);
-    while (*done < total) {
+    while (*done < stop) {
         struct iovec tmp[N_IOV_TMP];
         int k;
-        const struct iovec *rest = iov_after(iov, n, *done, tmp, &k);
+        const struct iovec *rest = iov_between(iov, n, *done, stop, total, tmp, &k);
         bool plain = mode == NOWAIT_PLAIN;
         ssize_t r = preadv2(f->fd, rest, k, off + *done, plain ? 0 : RWF_NOWAIT);
         if (r > 0) {
@@ -376,6 +426,13 @@ static bool read_now(struct real_file *f, const struct iovec *iov, int n, uint64
     return true;
 }
 
+/* A file that knows no RWF_NOWAIT would keep a kernel worker of the ring for each request; in the
+ * pool it has a share and no more. */
+static bool wants_pool(struct real_file *f)
+{
+    return atomic_load_explicit(&f->read_mode, memory_order_relaxed) == NOWAIT_NEVER;
+}
+
 co_fn ssize_t real_preadv(struct io_file *file, const struct iovec *iov, int n, uint64_t off)
 {
     struct real_file *f = file_of(file);
@@ -383,14 +440,16 @@ co_fn ssize_t real_preadv(struct io_file *file, const struct iovec *iov, int n, 
     int err = 0;
     if (off > INT64_MAX || total > INT64_MAX - off)
         return -EINVAL;
-    if ((!f->direct || f->memory) &&
-        atomic_load_explicit(&f->read_mode, memory_order_relaxed) != NOWAIT_NEVER &&
-        read_now(f, iov, n, off, total, &done, &err))
-        return err ? err : (ssize_t)done;
-    /* A file that knows no RWF_NOWAIT (a network or user space mount) would keep a kernel worker of
-     * the ring for each read; in the pool it has a share and no more. */
-    bool never = atomic_load_explicit(&f->read_mode, memory_order_relaxed) == NOWAIT_NEVER;
-    return finish_rw(f, false, iov, n, off, done, 0, never);
+    bool inline_first = (!f->direct || f->memory) && !wants_pool(f);
+    while (inline_first) {
+        size_t stop = MIN(total, done + INLINE_BYTES);
+        if (!read_now(f, iov, n, off, total, stop, &done, &err))
+            break;
+        if (err || done < stop || done == total)
+            return err ? err : (ssize_t)done;
+        loop_pause();
+    }
+    return finish_rw(f, false, iov, n, off, done, 0, wants_pool(f));
 }
 
 /* ------------------------------------------------------------------ the writer role */
@@ -515,27 +574,18 @@ static co_fn void role_do(struct inode *ino, struct role_req *q)
 
 /* ------------------------------------------------------------------ writes */
 
-/* A lost page is reported once per open file, here or to a sync: remember it for the syncs. */
-static void note_lost_page(struct real_file *f, ssize_t err)
-{
-    if (err != -EIO || f->direct)
-        return;
-    spin_lock(&f->sync_spin);
-    f->sync_error = -EIO;
-    spin_unlock(&f->sync_spin);
-}
-
+/* RWF_DSYNC is for direct files only. On a buffered one it may meet the error of another request's
+ * page, which the kernel reports once: only our own syncs, whose errors stay, may take it. */
 static co_fn ssize_t write_durable(struct real_file *f, const struct iovec *iov, int n,
                                    uint64_t off)
 {
-    ssize_t r = finish_rw(f, true, iov, n, off, 0, RWF_DSYNC, false);
-    if (r == -EOPNOTSUPP) { /* the file does not know the flag */
-        r = finish_rw(f, true, iov, n, off, 0, 0, false);
-        int s = r < 0 ? 0 : real_fsync(&f->file);
-        return s < 0 ? s : r;
-    }
-    note_lost_page(f, r);
-    return r;
+    bool flag = f->direct && !f->memory;
+    ssize_t r = flag ? finish_rw(f, true, iov, n, off, 0, RWF_DSYNC, wants_pool(f)) : -EOPNOTSUPP;
+    if (r != -EOPNOTSUPP)
+        return r;
+    r = real_pwritev(&f->file, iov, n, off, 0);
+    int s = r < 0 ? 0 : real_fsync(&f->file);
+    return s < 0 ? s : r;
 }
 
 co_fn ssize_t real_pwritev(struct io_file *file, const struct iovec *iov, int n, uint64_t off,
@@ -549,7 +599,7 @@ co_fn ssize_t real_pwritev(struct io_file *file, const struct iovec *iov, int n,
     if (flags & IO_DSYNC)
         return write_durable(f, iov, n, off);
     if (f->direct && !f->memory)
-        return finish_rw(f, true, iov, n, off, 0, 0, false);
+        return finish_rw(f, true, iov, n, off, 0, 0, wants_pool(f));
     if (is_slow(ino, real_now(file->io)))
         return finish_rw(f, true, iov, n, off, 0, 0, true);
     struct role_req q = {.file = f, .iov = iov, .n = n, .off = off, .total = total};
@@ -634,15 +684,124 @@ co_fn int real_fsync(struct io_file *file)
     return w.lead ? sync_lead(f) : w.result;
 }
 
+/* ------------------------------------------------------------------ extents */
+
+/* Something may stop to be data. */
+static void forget_data(struct inode *ino)
+{
+    spin_lock(&ino->look_spin);
+    ino->data_off = ino->data_end = 0;
+    ino->n_cuts++;
+    spin_unlock(&ino->look_spin);
+}
+
+static void remember_data(struct inode *ino, uint64_t off, uint64_t end, unsigned n_cuts,
+                          uint64_t now)
+{
+    spin_lock(&ino->look_spin);
+    if (ino->n_cuts == n_cuts) {
+        ino->data_off = off;
+        ino->data_end = end;
+        ino->data_until = now + DATA_FOR_NS;
+    }
+    spin_unlock(&ino->look_spin);
+}
+
+/* True: there is data at `off`, up to *end. */
+static bool recall_data(struct inode *ino, uint64_t off, uint64_t *end, uint64_t now)
+{
+    spin_lock(&ino->look_spin);
+    bool known = ino->data_off <= off && off < ino->data_end && now < ino->data_until;
+    *end = ino->data_end;
+    spin_unlock(&ino->look_spin);
+    return known;
+}
+
+static unsigned count_cuts(struct inode *ino)
+{
+    spin_lock(&ino->look_spin);
+    unsigned n = ino->n_cuts;
+    spin_unlock(&ino->look_spin);
+    return n;
+}
+
+/* In: off and len. Out: len and `data`. */
+ssize_t file_do_extent(struct pool_op *op)
+{
+    struct real_file *f = op->file;
+    uint64_t now = real_now(f->file.io);
+    unsigned n_cuts = count_cuts(f->inode);
+    off_t start = lseek(f->fd, op->off, SEEK_DATA);
+    op->data = start == (off_t)op->off;
+    if (start < 0 && errno == ENXIO) /* no data from here on */
+        return 0;
+    if (start < 0) {
+        op->data = true;
+        return errno == EINVAL || errno == EOPNOTSUPP ? 0 : -errno; /* cannot tell: data */
+    }
+    if ((uint64_t)start - op->off >= op->len)
+        return 0;
+    /* Who asks for a hole asks next for the data behind it. */
+    off_t end = lseek(f->fd, start, SEEK_HOLE);
+    if (!op->data)
+        op->len = start - op->off;
+    if (end < 0)
+        return op->data && errno != ENXIO ? -errno : 0;
+    if (end > start) { /* else it was cut between the two calls; "data" stays true enough */
+        remember_data(f->inode, start, end, n_cuts, now);
+        if (op->data)
+            op->len = MIN(op->len, (uint64_t)end - op->off);
+    }
+    return 0;
+}
+
+co_fn int real_extent(struct io_file *file, uint64_t off, uint64_t *len, bool *data)
+{
+    struct real_file *f = file_of(file);
+    struct real_loop *rl = loop_self()->engine;
+    uint64_t end;
+    if (off > INT64_MAX)
+        return -EINVAL;
+    *data = true;
+    if (f->block)
+        return 0;
+    if (recall_data(f->inode, off, &end, real_now(file->io))) {
+        *len = MIN(*len, end - off);
+        return 0;
+    }
+    struct pool_op op = file_op(f, POOL_EXTENT);
+    op.class = POOL_LOOK;
+    op.off = off;
+    op.len = *len;
+    rl->requests++;
+    int r = pool_run(op.io->pool, &op);
+    rl->requests--;
+    *data = op.data;
+    *len = op.len;
+    return r;
+}
+
 /* ------------------------------------------------------------------ allocation and size */
 
+/* Punching a device is quick or refused. BLKZEROOUT writes zeroes where the device cannot make them
+ * itself; it neither gives space back. */
 static int zero_block_device(struct pool_op *op)
 {
     uint64_t range[2] = {op->off, op->len};
+    int punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, r;
     if (op->alloc == IO_DISCARD)
         return ioctl(op->file->fd, BLKDISCARD, range) < 0 ? -errno : 0;
-    /* BLKZEROOUT may unmap where the device then reads zeroes, but it never promises to give
-     * space back, nor to keep it: as good as either. */
+    if (op->alloc == IO_ZERO_KEEP_FAST)
+        return -EOPNOTSUPP;
+    if (op->alloc != IO_ZERO_KEEP) {
+        do
+            r = fallocate(op->file->fd, punch, op->off, op->len);
+        while (r < 0 && errno == EINTR);
+        if (r == 0)
+            return 0;
+        if (op->alloc == IO_ZERO_PUNCH_FAST || (errno != EOPNOTSUPP && errno != EINVAL))
+            return -errno;
+    }
     return ioctl(op->file->fd, BLKZEROOUT, range) < 0 ? -errno : 0;
 }
 
@@ -652,7 +811,8 @@ ssize_t file_do_zero(struct pool_op *op)
         int r = zero_block_device(op);
         return r == -ENOTTY || r == -EINVAL ? -EOPNOTSUPP : r;
     }
-    int mode = op->alloc == IO_ZERO_KEEP ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
+    bool keep = op->alloc == IO_ZERO_KEEP || op->alloc == IO_ZERO_KEEP_FAST;
+    int mode = keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
     int r;
     do
         r = fallocate(op->file->fd, mode | FALLOC_FL_KEEP_SIZE, op->off, op->len);
@@ -660,6 +820,15 @@ ssize_t file_do_zero(struct pool_op *op)
     if (r == 0)
         return 0;
     return errno == ENOSYS || errno == ENODEV || errno == ESPIPE ? -EOPNOTSUPP : -errno;
+}
+
+/* Zeroing and cutting may turn data into holes; what a look found meanwhile does not count. */
+static co_fn int run_cut(struct pool_op *op)
+{
+    forget_data(op->file->inode);
+    int r = pool_run(op->io->pool, op);
+    forget_data(op->file->inode);
+    return r;
 }
 
 co_fn int real_zero(struct io_file *file, uint64_t off, uint64_t len, enum io_alloc how)
@@ -670,7 +839,7 @@ co_fn int real_zero(struct io_file *file, uint64_t off, uint64_t len, enum io_al
     op.off = off;
     op.len = len;
     op.alloc = how;
-    return pool_run(op.io->pool, &op);
+    return run_cut(&op);
 }
 
 ssize_t file_do_truncate(struct pool_op *op)
@@ -688,37 +857,7 @@ co_fn int real_truncate(struct io_file *file, uint64_t size)
     if (size > INT64_MAX)
         return -EFBIG;
     op.len = size;
-    return pool_run(op.io->pool, &op);
-}
-
-/* lseek() only reads the extent map, which is quick on local files. */
-co_fn int real_extent(struct io_file *file, uint64_t off, uint64_t *len, bool *data)
-{
-    struct real_file *f = file_of(file);
-    if (off > INT64_MAX)
-        return -EINVAL;
-    *data = true;
-    if (f->block)
-        return 0;
-    off_t at = lseek(f->fd, off, SEEK_DATA);
-    if (at < 0 && errno == ENXIO) { /* no data from here on */
-        *data = false;
-        return 0;
-    }
-    if (at < 0)
-        return errno == EINVAL || errno == EOPNOTSUPP ? 0 : -errno; /* cannot tell: data */
-    if (at > off) {
-        *data = false;
-        *len = MIN(*len, at - off);
-        return 0;
-    }
-    at = lseek(f->fd, off, SEEK_HOLE);
-    if (at < 0 && errno != ENXIO)
-        return -errno;
-    if (at >
-        off) /* else it was punched or cut off between the two calls; "data" stays true enough */
-        *len = MIN(*len, at - off);
-    return 0;
+    return run_cut(&op);
 }
 
 /* ------------------------------------------------------------------ copy and lock */

@@ -49,6 +49,17 @@ static struct real_sock *sock_new(struct io *io, int rfd, int wfd)
     return s;
 }
 
+/* A peer whose machine is gone says nothing: asked now and then, it is given up after two minutes.
+ */
+static void keep_alive(int fd)
+{
+    int on = 1, idle_s = 60, every_s = 15, times = 4;
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &every_s, sizeof every_s);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof times);
+}
+
 /* A connection of ours. It stays a blocking descriptor: every call says MSG_DONTWAIT, and a ring
  * waits only on blocking ones. Takes `fd` in any case. */
 static int sock_from_own(struct io *io, int fd, struct real_sock **out)
@@ -63,8 +74,10 @@ static int sock_from_own(struct io *io, int fd, struct real_sock **out)
     getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len);
     s->is_socket = true;
     s->is_unix = domain == AF_UNIX;
-    if (domain == AF_INET || domain == AF_INET6)
+    if (domain == AF_INET || domain == AF_INET6) {
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+        keep_alive(fd);
+    }
     *out = s;
     return 0;
 }

@@ -410,7 +410,8 @@ int sim_zero(struct io_file *file, uint64_t off, uint64_t len, enum io_alloc how
                                .len = len,
                                .effect = zero_effect,
                                .finish = change_finish},
-                        .alloc = how};
+                        /* nothing is slow here */
+                        .alloc = how == IO_ZERO_KEEP_FAST ? IO_ZERO_KEEP : how};
     return r < 0 ? r : (int)run_on(f, &o);
 }
 

@@ -143,6 +143,8 @@ class Daemon:
         else:
             program = os.path.join(BIN, 'tidemarkd')
         cmd = list(wrapper) + [program]
+        if kind == 'tidemarkd' and os.environ.get('TIDEMARK_ENGINE'):
+            cmd += ['--engine', os.environ['TIDEMARK_ENGINE']]
         if nbd:
             cmd += ['--nbd-server', f'addr.type=unix,addr.path={self.nbd_path}']
         cmd += list(args)

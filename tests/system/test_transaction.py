@@ -5,6 +5,7 @@ The laws L1 to L10 that the names below mention are those of docs/transactions.m
 """
 import itertools
 import threading
+import time
 
 import nbd
 import pytest
@@ -500,15 +501,27 @@ def test_list_waits_for_writes_under_way(tide):
     h.connect_uri(tide.uri('d'))
     tide.cmd(BITMAP + 'add', node='d', name='before')
     cookie = h.aio_pwrite(bytearray(512), 0)
-    h.poll(-1)
-    while not tide.ranges('d', 'before'):
-        pass
+    until_marked(tide, h, 'd', 'before')
     run(tide, disable('d', 'before'), add('d', 'after'))
-    assert h.aio_command_completed(cookie) or h.poll(0) >= 0
-    while not h.aio_command_completed(cookie):
-        h.poll(-1)
-    assert tide.ranges('d', 'before') == [(0, G)] and tide.ranges('d', 'after') == []
+    completed = tide.ranges('d', 'before'), tide.ranges('d', 'after')
+    finish_command(h, cookie)
+    assert completed == ([(0, G)], [])
     h.shutdown()
+
+
+def until_marked(d, h, node, bitmap):
+    """The write is on its way to the disk: its mark is set."""
+    deadline = time.monotonic() + DEADLINE
+    while not d.ranges(node, bitmap):
+        h.poll(0)
+        assert time.monotonic() < deadline
+
+
+def finish_command(h, cookie):
+    deadline = time.monotonic() + DEADLINE
+    while not h.aio_command_completed(cookie):
+        h.poll(100)
+        assert time.monotonic() < deadline
 
 
 def test_disk_that_does_not_come_to_rest(tide):
@@ -519,14 +532,12 @@ def test_disk_that_does_not_come_to_rest(tide):
     h = nbd.NBD()
     h.connect_uri(tide.uri('slow'))
     cookie = h.aio_pwrite(bytearray(512), 0)
-    while not tide.ranges('slow', 'b'):
-        h.poll(0)
+    until_marked(tide, h, 'slow', 'b')
     with pytest.raises(QmpError) as e:
         run(tide, disable('slow', 'b'), clear('slow', 'b'))
     assert "'slow'" in e.value.desc and 'flight' in e.value.desc
     assert tide.ranges('slow', 'b') == [(0, G)] and tide.bitmap('slow', 'b')['recording'] is True
-    while not h.aio_command_completed(cookie):
-        h.poll(-1)
+    finish_command(h, cookie)
     run(tide, disable('slow', 'b'), clear('slow', 'b'))
     assert tide.ranges('slow', 'b') == []
     h.shutdown()
