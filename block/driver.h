@@ -74,6 +74,7 @@ struct node {
     void *state;
     struct graph *graph;
     uint64_t size;
+    uint64_t window; /* of a filter: where in its child its byte 0 lies */
     uint32_t align, cluster;
     unsigned depth; /* nodes below it on the longest way down */
     bool read_only, auto_read_only, discard_unmap, no_flush, direct, force_share;

@@ -155,16 +155,37 @@ struct root *root_next(struct root *r)
     return TAILQ_NEXT(r, link);
 }
 
+/* Where in `below` the bytes of `from` begin; false: they do not lie there in one piece. */
+static bool place_in(const struct node *from, const struct node *below, uint64_t *off)
+{
+    *off = 0;
+    for (; from != below; from = from->child[0]) {
+        if (from->n_children != 1 || !from->ops->filter)
+            return false;
+        *off += from->window;
+    }
+    return true;
+}
+
+/* Two nodes stand on `below`: do they show the same bytes of it? Two partitions do not. */
+static bool overlap_in(const struct node *a, const struct node *b, const struct node *below)
+{
+    uint64_t a_off, b_off;
+    if (!place_in(a, below, &a_off) || !place_in(b, below, &b_off))
+        return true;
+    return a_off < b_off + b->size && b_off < a_off + a->size;
+}
+
 /* Writes through one root must not slip past a tracker or a job further up: not those to its node
- * and not those that arrive, through `writer`, at a node `n` below it that stands under others too.
- */
-static const struct node *watched_above(const struct node *writer, const struct node *n)
+ * and not those that arrive, through `writer`, at a node `below` that stands under others too. */
+static const struct node *watched_above(const struct node *writer, const struct node *below,
+                                        const struct node *n)
 {
     for (unsigned i = 0; i < n->n_parents; i++) {
         const struct node *p = n->parents[i];
-        if ((p->bitmaps || p->hooks) && !node_reaches(writer, p))
+        if ((p->bitmaps || p->hooks) && !node_reaches(writer, p) && overlap_in(writer, p, below))
             return p;
-        p = watched_above(writer, p);
+        p = watched_above(writer, below, p);
         if (p)
             return p;
     }
@@ -173,7 +194,7 @@ static const struct node *watched_above(const struct node *writer, const struct 
 
 static const struct node *watched_beside(const struct node *writer, const struct node *n)
 {
-    const struct node *p = watched_above(writer, n);
+    const struct node *p = watched_above(writer, n, n);
     for (unsigned i = 0; i < n->n_children && !p; i++)
         p = watched_beside(writer, n->child[i]);
     return p;
@@ -240,16 +261,23 @@ static int check_perm(struct node *n, unsigned perm, const char *what, struct ti
     return 0;
 }
 
-/* What is written to one of them may arrive at something below the other. */
-static bool share_a_node(const struct node *a, const struct node *b)
+/* Is there something below both `b` and `a`, at `x` or under it, of which they show the same bytes?
+ */
+static bool share_below(const struct node *a, const struct node *x, const struct node *b)
 {
-    if (node_reaches(b, a))
+    if (node_reaches(b, x) && overlap_in(a, b, x))
         return true;
-    for (unsigned i = 0; i < a->n_children; i++) {
-        if (share_a_node(a->child[i], b))
+    for (unsigned i = 0; i < x->n_children; i++) {
+        if (share_below(a, x->child[i], b))
             return true;
     }
     return false;
+}
+
+/* What is written to one of them may arrive at bytes of the other. */
+static bool share_a_node(const struct node *a, const struct node *b)
+{
+    return share_below(a, a, b);
 }
 
 int node_check_watch(const struct node *n, struct tide_error *err)

@@ -174,10 +174,8 @@ static void report_standing(const struct awaited *a)
     const char *command = needed_command(a->status);
     cli_error("job '%s' is %s and does not go on by itself", a->id, a->status);
     if (command)
-        cli_hint(
-            "'tidemark qmp %s '{\"id\": \"%s\"}'' lets it go on, 'tidemark job cancel %s' ends "
-            "it",
-            command, a->id, a->id);
+        cli_hint("tidemark qmp %s '{\"id\": \"%s\"}' lets it go on, job cancel %s ends it", command,
+                 a->id, a->id);
     else
         cli_hint("it waits for the other jobs of its group: 'tidemark job ls' shows them");
 }

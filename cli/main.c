@@ -37,7 +37,7 @@ static const struct cli_option global_options[] = {
 };
 
 static const struct cli_option serve_options[] = {
-    {"dir", "DIR", "of sockets and pid file (default: the default socket's)"},
+    {"dir", "DIR", "where sockets and pid file go (default: the socket's)"},
     {"listen", "ADDR", "'unix' (default) or HOST:PORT for NBD"},
     {"format", "raw|qcow2", "of the images (default raw)"},
     {"read-only", NULL, "nobody can write"},

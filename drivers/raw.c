@@ -18,14 +18,15 @@ static int raw_open(struct node *n, const struct q_blockdev_options *o, struct t
     if (r < 0)
         return r;
     uint64_t whole = node_size(n->child[0]);
-    s->base = raw->has_offset ? raw->offset : 0;
+    s->base = n->window = raw->has_offset ? raw->offset : 0;
     if (s->base > whole)
         return tide_fail(err, -EINVAL, "offset %llu lies past the end of node '%s' (%llu bytes)",
                          (unsigned long long)s->base, node_name(n->child[0]),
                          (unsigned long long)whole);
     n->size = whole - s->base;
     if (raw->has_size && !range_in(s->base, raw->size, whole))
-        return tide_fail(err, -EINVAL, "size %llu from offset %llu does not fit node '%s' (%llu bytes)",
+        return tide_fail(err, -EINVAL,
+                         "size %llu from offset %llu does not fit node '%s' (%llu bytes)",
                          (unsigned long long)raw->size, (unsigned long long)s->base,
                          node_name(n->child[0]), (unsigned long long)whole);
     if (raw->has_size)
@@ -43,8 +44,8 @@ static int raw_preadv(struct node *n, const struct iovec *iov, int niov, uint64_
     return node_preadv(n->child[0], iov, niov, s->base + off, len);
 }
 
-static int raw_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
-                       unsigned flags)
+static int raw_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                       uint64_t len, unsigned flags)
 {
     struct raw *s = n->state;
     return node_pwritev(n->child[0], iov, niov, s->base + off, len, flags);

@@ -109,6 +109,44 @@ static void contexts_match_queries(void **state)
     assert_memory_equal(all, "\1\1\1\1", 4);
 }
 
+/* What a request is charged for before it runs. */
+static void requests_have_a_cost(void **state)
+{
+    struct nbd_conn c = {.n_contexts = 3, .n_chosen = 1}, none = {0};
+    struct nbd_request rq = {.cmd = NBD_CMD_BLOCK_STATUS, .len = UINT32_MAX};
+    const uint64_t head = NBD_CHUNK_LEN + 4;
+    assert_true(nbd_request_cost(&none, &rq) == 0);
+    assert_true(nbd_request_cost(&c, &rq) == head + 8 * NBD_MAX_EXTENTS);
+    c.n_chosen = 2;
+    assert_true(nbd_request_cost(&c, &rq) == 2 * head + 8 * NBD_MAX_EXTENTS);
+    c.n_chosen = 1000;
+    assert_true(nbd_request_cost(&c, &rq) == 1000 * (head + 8 * 256));
+    rq.flags = NBD_FLAG_REQ_ONE;
+    assert_true(nbd_request_cost(&c, &rq) == 1000 * (head + 8));
+    rq = (struct nbd_request){.cmd = NBD_CMD_BLOCK_STATUS, .len = 5};
+    assert_true(nbd_request_cost(&c, &rq) == 1000 * (head + 8 * 5));
+    static const struct {
+        unsigned cmd;
+        uint64_t len, cost;
+    } t[] = {
+        {NBD_CMD_READ, 512, 512},
+        {NBD_CMD_READ, NBD_MAX_PAYLOAD, NBD_MAX_PAYLOAD},
+        {NBD_CMD_READ, NBD_MAX_PAYLOAD + 1, 0},
+        {NBD_CMD_WRITE, 4096, 4096},
+        {NBD_CMD_CACHE, MIB, MIB},
+        {NBD_CMD_CACHE, UINT32_MAX, 0},
+        {NBD_CMD_TRIM, UINT32_MAX, 0},
+        {NBD_CMD_WRITE_ZEROES, MIB, 0},
+        {NBD_CMD_FLUSH, 0, 0},
+        {99, MIB, 0},
+    };
+    for (unsigned i = 0; i < sizeof t / sizeof *t; i++) {
+        rq = (struct nbd_request){.cmd = t[i].cmd, .len = t[i].len};
+        assert_true(nbd_request_cost(&c, &rq) == t[i].cost);
+        assert_true(nbd_request_bytes(&rq) == t[i].cost);
+    }
+}
+
 /* ------------------------------------------------------------------ a daemon */
 
 struct world {
@@ -592,6 +630,59 @@ static void broken_framing_ends_the_connection(void **state)
     with_world(2, framing_body);
 }
 
+/* Options that came together are not answered together: others of the loop have their turns. */
+static void haggling_body(struct world *w)
+{
+    enum { N = 300 };
+    static uint8_t many[N * NBD_OPTION_LEN];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\"}");
+    struct io_sock *s = dial(w);
+    for (unsigned i = 0; i < N; i++) {
+        uint8_t *p = many + i * NBD_OPTION_LEN;
+        put_be64(p, NBD_OPTION_MAGIC);
+        put_be32(p + 8, NBD_OPT_STARTTLS);
+    }
+    CHECK_EQ(option(s, NBD_OPT_STARTTLS, NULL, 0), NBD_REP_ERR_POLICY);
+    uint64_t turn = loop_turn_number(loop_self());
+    CHECK_EQ(io_send(s, &(struct iovec){many, sizeof many}, 1), 0);
+    for (unsigned i = 0; i < N; i++)
+        CHECK_EQ(option_reply(s), NBD_REP_ERR_POLICY);
+    CHECK(loop_turn_number(loop_self()) - turn >= N);
+    io_sock_close(s);
+}
+
+static void haggling_leaves_turns_to_others(void **state)
+{
+    with_world(1, haggling_body);
+}
+
+/* What is too long is read past; but not for ever. */
+static void haggle_limit_body(struct world *w)
+{
+    static uint8_t big[1u << 20];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\"}");
+    struct io_sock *s = dial(w);
+    for (unsigned i = 0; i < NBD_MAX_HAGGLE / sizeof big - 1; i++)
+        CHECK_EQ(option(s, NBD_OPT_INFO, big, sizeof big), NBD_REP_ERR_TOO_BIG);
+    CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ACK);
+    uint8_t head[NBD_OPTION_LEN];
+    put_be64(head, NBD_OPTION_MAGIC);
+    put_be32(head + 8, NBD_OPT_INFO);
+    put_be32(head + 12, sizeof big);
+    CHECK_EQ(io_send(s, &(struct iovec){head, sizeof head}, 1), 0);
+    uint64_t before = io_now(w->io);
+    CHECK(is_closed(s));
+    CHECK(io_now(w->io) - before < NBD_HANDSHAKE_NS / 2); /* not by the watchdog */
+    io_sock_close(s);
+}
+
+static void haggling_has_an_end(void **state)
+{
+    with_world(2, haggle_limit_body);
+}
+
 /* ------------------------------------------------------------------ transmission */
 
 static void requests_body(struct world *w)
@@ -805,12 +896,36 @@ static void block_status_tells_contexts(void **state)
     with_world(2, status_body);
 }
 
+/* A long CACHE is done piece by piece, even when everything is there already. */
+static void cache_body(struct world *w)
+{
+    static uint8_t data[1u << 20];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    for (unsigned i = 0; i < DISK / sizeof data; i++) {
+        request(s, NBD_CMD_WRITE, 0, i * sizeof data, sizeof data, data, sizeof data);
+        CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    }
+    uint64_t turn = loop_turn_number(loop_self());
+    request(s, NBD_CMD_CACHE, 0, 0, DISK, NULL, 0);
+    CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    CHECK(loop_turn_number(loop_self()) - turn >= DISK / MIB);
+    io_sock_close(s);
+}
+
+static void cache_leaves_turns_to_others(void **state)
+{
+    with_world(1, cache_body);
+}
+
 /* ------------------------------------------------------------------ gate, bounds */
 
 struct gate_try {
     struct world *w;
     struct io_event done;
     bool closed;
+    struct io_event go;
 };
 
 static void close_gate(void *arg)
@@ -832,7 +947,7 @@ static void close_gate(void *arg)
 static void gate_body(struct world *w)
 {
     uint8_t data[4096] = {1};
-    struct gate_try g = {w, IO_EVENT_INIT, false};
+    struct gate_try g = {w, IO_EVENT_INIT, false, IO_EVENT_INIT};
     start_server(w, 0);
     add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
     struct io_sock *s = connected(w, "n", false);
@@ -853,6 +968,65 @@ static void gate_holds_requests(void **state)
 {
     with_world(1, gate_body);
     with_world(3, gate_body);
+}
+
+struct sleeper {
+    struct io_event wake, *ended;
+    unsigned *n;
+};
+
+static void sleep_main(void *arg)
+{
+    struct sleeper *p = arg;
+    io_event_wait(&p->wake, IO_FOREVER);
+    if (--*p->n == 0)
+        io_event_set(p->ended);
+}
+
+static void close_gate_later(void *arg)
+{
+    struct gate_try *g = arg;
+    io_event_wait(&g->go, IO_FOREVER);
+    close_gate(g);
+}
+
+/* Without memory for a coroutine the reader does the request itself. It holds the gate then as any
+ * request does: a long one still lets it be closed. */
+static void no_coroutine_body(struct world *w)
+{
+    enum { N = 100 };
+    static struct sleeper sleepers[N];
+    struct io_event ended = IO_EVENT_INIT;
+    unsigned n = N;
+    struct gate_try g = {w, IO_EVENT_INIT, false, IO_EVENT_INIT};
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    request(s, NBD_CMD_FLUSH, 0, 0, 0, NULL, 0); /* the session has its memory */
+    CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    CHECK_EQ(loop_run_now(close_gate_later, &g), 0);
+    for (unsigned i = 0; i < N; i++) { /* no stack is left in the pool */
+        sleepers[i] = (struct sleeper){IO_EVENT_INIT, &ended, &n};
+        CHECK_EQ(loop_run_now(sleep_main, &sleepers[i]), 0);
+    }
+    request(s, NBD_CMD_CACHE, 0, 0, DISK, NULL, 0);
+    while (mem_fail_after(1) == 0)
+        loop_pause();
+    mem_fail_after(0);
+    io_event_set(&g.go);
+    CHECK_EQ(io_event_wait(&g.done, io_now(w->io) + 20000000000u), 0);
+    CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    for (unsigned i = 0; i < N; i++)
+        io_event_set(&sleepers[i].wake);
+    CHECK_EQ(io_event_wait(&ended, io_now(w->io) + 20000000000u), 0);
+    request(s, NBD_CMD_FLUSH, 0, 0, 0, NULL, 0);
+    CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    io_sock_close(s);
+}
+
+static void without_memory_the_reader_works(void **state)
+{
+    with_world(1, no_coroutine_body);
 }
 
 /* Who does not read is not read from, and holds up nobody; who writes before it reads is served. */
@@ -918,18 +1092,23 @@ int main(void)
         cmocka_unit_test(request_is_decoded),
         cmocka_unit_test(errno_goes_over_the_wire),
         cmocka_unit_test(contexts_match_queries),
+        cmocka_unit_test(requests_have_a_cost),
         cmocka_unit_test(wrong_exports_are_refused),
         cmocka_unit_test(long_names_are_refused),
         cmocka_unit_test(exports_come_and_go),
         cmocka_unit_test(export_without_memory),
         cmocka_unit_test(options_are_answered),
         cmocka_unit_test(broken_framing_ends_the_connection),
+        cmocka_unit_test(haggling_leaves_turns_to_others),
+        cmocka_unit_test(haggling_has_an_end),
         cmocka_unit_test(requests_are_checked),
         cmocka_unit_test(data_comes_back),
         cmocka_unit_test(read_only_export_refuses_writes),
         cmocka_unit_test(structured_replies_have_holes),
         cmocka_unit_test(block_status_tells_contexts),
+        cmocka_unit_test(cache_leaves_turns_to_others),
         cmocka_unit_test(gate_holds_requests),
+        cmocka_unit_test(without_memory_the_reader_works),
         cmocka_unit_test(slow_client_holds_up_nobody),
         cmocka_unit_test(clients_may_leave_any_time),
     };

@@ -77,7 +77,7 @@ static co_fn int run_op(struct ring_loop *e, struct io_uring_sqe *sqe, struct ri
     op->co = co_self();
     sqe->user_data = (uintptr_t)op | TAG_OP;
     e->in_flight++;
-    co_yield ();
+    co_yield();
     return op->result;
 }
 

@@ -5,12 +5,15 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/capability.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -752,6 +755,20 @@ static void sticky_sync_body(struct io *io)
     io_close(f);
 }
 
+/* The error of a lost page reaches a durable write too, whoever met it first, and stays. */
+static void durable_write_body(struct io *io)
+{
+    struct io_file *f = open_new("durable", 0);
+    struct real_file *rf = (struct real_file *)f;
+    struct iovec v = {"x", 1};
+    CHECK_EQ(io_pwritev(f, &v, 1, 0, IO_DSYNC), 1);
+    rf->sync_error = -EIO; /* as a failed sync leaves it */
+    CHECK_EQ(io_pwritev(f, &v, 1, 0, 0), 1);
+    CHECK_EQ(io_pwritev(f, &v, 1, 0, IO_DSYNC), -EIO);
+    CHECK_EQ(io_fsync(f), -EIO);
+    io_close(f);
+}
+
 enum { WRITERS = 12, WRITES = 200, BLOCK = 3000 };
 struct writer {
     struct co_group *group;
@@ -977,6 +994,123 @@ static void many_at_once_body(struct io *io)
     }
 }
 
+/* What the page cache holds is read on the loop, but not all of it in one go. */
+static void large_read_body(struct io *io)
+{
+    enum { LEN = 8 << 20, PIECE = 5000, N = LEN / PIECE };
+    struct io_file *f = open_new("large", 0);
+    unsigned char *a = mem_alloc(LEN), *b = mem_zalloc(LEN);
+    static struct iovec many[N];
+    struct iovec all = {a, LEN}, one = {b, LEN};
+    fill(a, LEN, 3);
+    CHECK_EQ(io_pwritev(f, &all, 1, 0, 0), LEN);
+    uint64_t turn = loop_turn_number(loop_self());
+    CHECK_EQ(io_preadv(f, &one, 1, 0), LEN);
+    CHECK(loop_turn_number(loop_self()) - turn >= LEN / MIB - 1);
+    CHECK(!memcmp(a, b, LEN));
+    memset(b, 0, LEN);
+    for (unsigned i = 0; i < N; i++)
+        many[i] = (struct iovec){b + i * PIECE, PIECE};
+    CHECK_EQ(io_preadv(f, many, N, 0), N * PIECE);
+    CHECK(!memcmp(a, b, N * PIECE));
+    CHECK_EQ(io_preadv(f, many, N, LEN - 3 * MIB - 7), 3 * MIB + 7); /* to the end, and no more */
+    CHECK(!memcmp(a + LEN - 3 * MIB - 7, b, 3 * MIB + 7));
+    mem_free(a);
+    mem_free(b);
+    io_close(f);
+}
+
+/* A file system that refuses RWF_NOWAIT has its direct I/O in the pool. */
+static void direct_pool_body(struct io *io)
+{
+    struct io_file *f;
+    unsigned char *a = io_buf_get(MIB), *b = io_buf_get(MIB);
+    struct iovec v = {a, MIB}, r = {b, MIB};
+    fill(a, MIB, 9);
+    if (io_open(in_dir("direct"), O_RDWR | O_CREAT | O_DIRECT, 0600, &f) == 0) {
+        ((struct real_file *)f)->read_mode = NOWAIT_NEVER;
+        CHECK_EQ(io_pwritev(f, &v, 1, 0, 0), MIB);
+        CHECK_EQ(io_pwritev(f, &v, 1, MIB, IO_DSYNC), MIB);
+        CHECK_EQ(io_preadv(f, &r, 1, MIB), MIB);
+        CHECK(!memcmp(a, b, MIB));
+        CHECK_EQ(io_fsync(f), 0);
+        io_close(f);
+    }
+    io_buf_put(a, MIB);
+    io_buf_put(b, MIB);
+}
+
+/* ------------------------------------------------------------------ looking for holes */
+
+struct look {
+    struct io_file *file;
+    uint64_t off, len;
+    bool data, ended;
+    struct io_event done;
+};
+
+static void look_main(void *arg)
+{
+    struct look *k = arg;
+    CHECK_EQ(io_extent(k->file, k->off, &k->len, &k->data), 0);
+    k->ended = true;
+    io_event_set(&k->done);
+}
+
+/* Looks; returns whether it was answered without leaving the loop. */
+static bool look_at(struct look *k, struct io_file *f, uint64_t off, uint64_t len)
+{
+    *k = (struct look){.file = f, .off = off, .len = len, .done = IO_EVENT_INIT};
+    CHECK_EQ(loop_run_now(look_main, k), 0);
+    bool at_once = k->ended;
+    CHECK_EQ(io_event_wait(&k->done, soon(loop_io(loop_self()))), 0);
+    return at_once;
+}
+
+/* The kernel's lock of the inode may be held by a writer, so nobody waits for it on a loop. Data is
+ * remembered, until it is cut away through any open file; holes never are, for others write too. */
+static void extent_body(struct io *io)
+{
+    struct io_file *f = open_new("extent", 0), *g;
+    static char block[65536] = "x";
+    struct iovec v = {block, sizeof block};
+    struct look k;
+    CHECK_EQ(io_open(in_dir("extent"), O_RDWR, 0, &g), 0);
+    CHECK_EQ(io_truncate(f, 8 * MIB), 0);
+    CHECK_EQ(io_pwritev(f, &v, 1, MIB, 0), sizeof block);
+    CHECK(!look_at(&k, f, 0, 8 * MIB));
+    if (k.data) { /* a file system that knows no holes */
+        io_close(g);
+        io_close(f);
+        return;
+    }
+    CHECK_EQ(k.len, MIB);
+    CHECK(look_at(&k, f, MIB, 8 * MIB)); /* found on the way */
+    CHECK(k.data && k.len == sizeof block);
+    CHECK(look_at(&k, g, MIB + 100, 50));
+    CHECK(k.data && k.len == 50);
+    CHECK(!look_at(&k, f, MIB + sizeof block, 100));
+    CHECK(!k.data && k.len == 100);
+    int fd = open(in_dir("extent"), O_WRONLY); /* another process */
+    CHECK_EQ(pwrite(fd, block, sizeof block, 4 * MIB), sizeof block);
+    CHECK(!look_at(&k, f, 4 * MIB, MIB));
+    CHECK(k.data && k.len == sizeof block);
+    close(fd);
+    CHECK_EQ(io_zero(g, 4 * MIB, sizeof block, IO_ZERO_PUNCH_FAST), 0);
+    CHECK(!look_at(&k, f, 4 * MIB, MIB));
+    CHECK(!k.data && k.len == MIB);
+    CHECK(!look_at(&k, f, MIB, MIB)); /* data that lasts a second */
+    CHECK(k.data);
+    ((struct real_file *)f)->inode->data_until = io_now(io);
+    CHECK(!look_at(&k, f, MIB, MIB));
+    CHECK(k.data);
+    CHECK_EQ(io_truncate(g, MIB), 0);
+    look_at(&k, f, MIB, 100);
+    CHECK(!k.data && k.len == 100);
+    io_close(g);
+    io_close(f);
+}
+
 /* ------------------------------------------------------------------ looking before sleeping */
 
 /* Long waits end the looking, a busy machine forbids it, and nothing makes it longer than the cap.
@@ -1089,6 +1223,67 @@ static void echo_tcp_body(struct io *io)
     CHECK(io_listen(&six, 5, &s, &err) < 0); /* that name has no IPv6 address */
     CHECK(strstr(err.msg, "127.0.0.1"));
     CHECK_EQ(io_connect(&a, &s), -ECONNREFUSED);
+}
+
+struct listen_try {
+    struct io_addr addr;
+    int result;
+    struct io_event done;
+};
+
+static void listen_main(void *arg)
+{
+    struct listen_try *t = arg;
+    struct tide_error err;
+    struct io_sock *s = NULL;
+    t->result = io_listen(&t->addr, 1, &s, &err);
+    io_sock_close(s);
+    io_event_set(&t->done);
+}
+
+/* Between bind() and listen() the socket of another daemon looks stale, but it holds the lock of
+ * the directory. */
+static void listen_race_body(struct io *io)
+{
+    struct listen_try t = {.addr = unix_addr(in_dir("race.sock")), .done = IO_EVENT_INIT};
+    struct sockaddr_un sun = {.sun_family = AF_UNIX};
+    int dir = open(test_dir, O_RDONLY | O_DIRECTORY), fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK_EQ(flock(dir, LOCK_EX), 0);
+    snprintf(sun.sun_path, sizeof sun.sun_path, "%s", t.addr.path);
+    CHECK_EQ(bind(fd, (struct sockaddr *)&sun, sizeof sun), 0);
+    CHECK_EQ(loop_run_now(listen_main, &t), 0);
+    CHECK_EQ(io_event_wait(&t.done, io_now(io) + SECOND / 5), -ETIME);
+    CHECK_EQ(listen(fd, 1), 0);
+    close(dir);
+    CHECK_EQ(io_event_wait(&t.done, soon(io)), 0);
+    CHECK_EQ(t.result, -EADDRINUSE);
+    close(fd);
+    unlink(sun.sun_path);
+}
+
+static int tcp_option(struct io_sock *s, int level, int option)
+{
+    int v = -1;
+    socklen_t len = sizeof v;
+    CHECK_EQ(getsockopt(((struct real_sock *)s)->fd[0], level, option, &v, &len), 0);
+    return v;
+}
+
+/* Both ends notice when the machine of the other is gone. */
+static void keepalive_body(struct io *io)
+{
+    struct io_addr addr = {.type = IO_ADDR_TCP, .host = "127.0.0.1", .port = "0"};
+    struct tide_error err;
+    struct io_sock *l, *s[2];
+    CHECK_EQ(io_listen(&addr, 1, &l, &err), 0);
+    CHECK_EQ(io_connect(&addr, &s[0]), 0);
+    CHECK_EQ(io_accept(l, &s[1]), 0);
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(tcp_option(s[i], SOL_SOCKET, SO_KEEPALIVE), 1);
+        CHECK_EQ(tcp_option(s[i], IPPROTO_TCP, TCP_KEEPIDLE), 60);
+        io_sock_close(s[i]);
+    }
+    io_sock_close(l);
 }
 
 static void listen_errors_body(struct io *io)
@@ -1399,6 +1594,61 @@ static int check_engine(void)
     return portable && rc == 0 ? 42 : 2;
 }
 
+/* What the child of hung_threads_are_left() does: somebody opens a pipe that has no other end, and
+ * the daemon is to end all the same. 42: it did, in time and not too early. */
+static void open_for_ever(void *path)
+{
+    struct io_file *f;
+    io_open(path, O_RDONLY, 0, &f);
+    abort();
+}
+
+static void hang_main(void *arg)
+{
+    struct run *r = arg;
+    static char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s", getenv("TIDE_FIFO"));
+    CHECK_EQ(loop_run_now(open_for_ever, path), 0);
+    real_of(r->io)->leave_ns = SECOND / 5;
+    io_stop(r->io);
+}
+
+static int check_leaving(enum io_kind kind)
+{
+    struct tide_error err;
+    struct run r = {0};
+    if (io_new(kind, 2, &r.io, &err) < 0)
+        return 77;
+    uint64_t start = real_now(r.io);
+    int rc = io_run(r.io, hang_main, &r);
+    struct io *io = r.io;
+    io_free(io);
+    uint64_t ns = real_now(io) - start;
+    return rc == 0 && ns >= SECOND / 5 && ns < 10 * (uint64_t)SECOND ? 42 : 2;
+}
+
+static void hung_threads_are_left(void **state)
+{
+    char self[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    assert_true(n > 0);
+    self[n] = 0;
+    assert_int_equal(mkfifo(in_dir("fifo"), 0600), 0);
+    for (int portable = 0; portable < 2; portable++) {
+        int status;
+        pid_t pid = fork();
+        if (pid == 0) {
+            setenv("TIDE_FIFO", in_dir("fifo"), 1);
+            alarm(30); /* "for ever" is a failure */
+            execl(self, self, portable ? "--hang-portable" : "--hang-uring", (char *)NULL);
+            _exit(99);
+        }
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_true(WIFEXITED(status));
+        assert_true(WEXITSTATUS(status) == 42 || (!portable && WEXITSTATUS(status) == 77));
+    }
+}
+
 #define ON_BOTH(name)                                                                              \
     static void name##_portable(void **state)                                                      \
     {                                                                                              \
@@ -1429,15 +1679,21 @@ ON_BOTH(names)
 ON_BOTH(direct)
 ON_BOTH(direct_heavy)
 ON_BOTH(sticky_sync)
+ON_BOTH(durable_write)
 ON_BOTH(writers)
 ON_BOTH(flushers)
 ON_BOTH(role)
 ON_BOTH(slow)
 ON_BOTH(many_at_once)
+ON_BOTH(large_read)
+ON_BOTH(direct_pool)
+ON_BOTH(extent)
 ON_BOTH(spin_learns)
 ON_BOTH(echo_unix)
 ON_BOTH(echo_tcp)
 ON_BOTH(listen_errors)
+ON_BOTH(listen_race)
+ON_BOTH(keepalive)
 ON_BOTH(shutdown)
 ON_BOTH(pipe)
 ON_BOTH(large_send)
@@ -1454,8 +1710,10 @@ static int make_dir(void **state)
 
 static int remove_dir(void **state)
 {
-    static const char *const names[] = {"plain",  "pieces", "zero",    "from", "to",   "locked",
-                                        "direct", "shared", "flushed", "role", "slow", "file.sock"};
+    static const char *const names[] = {
+        "plain",   "pieces", "zero", "from", "to",    "locked", "direct",    "shared",
+        "flushed", "role",   "slow", "fifo", "large", "extent", "file.sock", "durable",
+    };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         unlink(in_dir(names[i]));
     return rmdir(test_dir); /* fails when a test left something */
@@ -1465,6 +1723,8 @@ int main(int argc, char **argv)
 {
     if (argc == 2 && !strcmp(argv[1], "--engine"))
         return check_engine();
+    if (argc == 2 && !strncmp(argv[1], "--hang-", 7))
+        _exit(check_leaving(!strcmp(argv[1], "--hang-uring") ? IO_URING : IO_PORTABLE));
     if (argc == 2)
         cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
@@ -1491,15 +1751,21 @@ int main(int argc, char **argv)
         BOTH(direct_heavy),
         BOTH(direct_heavy_limited),
         BOTH(sticky_sync),
+        BOTH(durable_write),
         BOTH(writers),
         BOTH(flushers),
         BOTH(role),
         BOTH(slow),
         BOTH(many_at_once),
+        BOTH(large_read),
+        BOTH(direct_pool),
+        BOTH(extent),
         BOTH(spin_learns),
         BOTH(echo_unix),
         BOTH(echo_tcp),
         BOTH(listen_errors),
+        BOTH(listen_race),
+        BOTH(keepalive),
         BOTH(shutdown),
         BOTH(pipe),
         BOTH(large_send),
@@ -1507,6 +1773,7 @@ int main(int argc, char **argv)
         BOTH(both_ways),
         BOTH(signal),
         cmocka_unit_test(auto_falls_back),
+        cmocka_unit_test(hung_threads_are_left),
     };
     return cmocka_run_group_tests_name("io", tests, make_dir, remove_dir);
 }

@@ -28,22 +28,14 @@ struct pool {
 };
 
 static ssize_t (*const run_op[N_POOL_KINDS])(struct pool_op *) = {
-    [POOL_OPEN] = file_do_open,
-    [POOL_CLOSE] = file_do_close,
-    [POOL_FSTAT] = file_do_fstat,
-    [POOL_STAT] = file_do_stat,
-    [POOL_RW] = file_do_rw,
-    [POOL_SYNC] = file_do_sync,
-    [POOL_ZERO] = file_do_zero,
-    [POOL_TRUNCATE] = file_do_truncate,
-    [POOL_EXTENT] = file_do_extent,
-    [POOL_COPY] = file_do_copy,
-    [POOL_LOCK] = file_do_lock,
-    [POOL_RENAME] = file_do_rename,
-    [POOL_UNLINK] = file_do_unlink,
-    [POOL_SYNC_DIR] = file_do_sync_dir,
-    [POOL_LISTEN] = sock_do_listen,
-    [POOL_CONNECT] = sock_do_connect,
+    [POOL_OPEN] = file_do_open,     [POOL_CLOSE] = file_do_close,
+    [POOL_FSTAT] = file_do_fstat,   [POOL_STAT] = file_do_stat,
+    [POOL_RW] = file_do_rw,         [POOL_SYNC] = file_do_sync,
+    [POOL_ZERO] = file_do_zero,     [POOL_TRUNCATE] = file_do_truncate,
+    [POOL_EXTENT] = file_do_extent, [POOL_COPY] = file_do_copy,
+    [POOL_LOCK] = file_do_lock,     [POOL_RENAME] = file_do_rename,
+    [POOL_UNLINK] = file_do_unlink, [POOL_SYNC_DIR] = file_do_sync_dir,
+    [POOL_LISTEN] = sock_do_listen, [POOL_CONNECT] = sock_do_connect,
 };
 
 static void queue_push(struct pool_queue *q, struct pool_op *op)
@@ -145,8 +137,23 @@ co_fn ssize_t pool_run(struct pool *p, struct pool_op *op)
     }
     admit(p, op);
     pthread_mutex_unlock(&p->mutex);
-    co_yield ();
+    co_yield();
     return op->result;
+}
+
+void cond_init(pthread_cond_t *c)
+{
+    pthread_condattr_t by_clock;
+    pthread_condattr_init(&by_clock);
+    pthread_condattr_setclock(&by_clock, CLOCK_MONOTONIC);
+    pthread_cond_init(c, &by_clock);
+    pthread_condattr_destroy(&by_clock);
+}
+
+bool cond_wait(pthread_cond_t *c, pthread_mutex_t *mutex, uint64_t deadline)
+{
+    struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
+    return pthread_cond_timedwait(c, mutex, &until) != ETIMEDOUT;
 }
 
 int pool_new(struct pool **out)
@@ -156,11 +163,7 @@ int pool_new(struct pool **out)
         return -ENOMEM;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->work, NULL);
-    pthread_condattr_t by_clock;
-    pthread_condattr_init(&by_clock);
-    pthread_condattr_setclock(&by_clock, CLOCK_MONOTONIC);
-    pthread_cond_init(&p->left, &by_clock);
-    pthread_condattr_destroy(&by_clock);
+    cond_init(&p->left);
     *out = p;
     return 0;
 }
@@ -169,14 +172,11 @@ bool pool_free(struct pool *p, uint64_t deadline)
 {
     if (!p)
         return true;
-    struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
-    int r = 0;
     pthread_mutex_lock(&p->mutex);
     p->ending = true;
-    p->queue = (struct pool_queue){0}; /* who waited for them is gone */
     pthread_cond_broadcast(&p->work);
-    while (p->n_left < p->n_threads && r != ETIMEDOUT)
-        r = pthread_cond_timedwait(&p->left, &p->mutex, &until);
+    while (p->n_left < p->n_threads && cond_wait(&p->left, &p->mutex, deadline))
+        ;
     bool all = p->n_left == p->n_threads;
     pthread_mutex_unlock(&p->mutex);
     if (!all)

@@ -175,7 +175,13 @@ static void loop_main(struct loop *l)
 
 static void *loop_thread(void *arg)
 {
-    loop_main(arg);
+    struct loop *l = arg;
+    struct real_io *r = real_of(l->io);
+    loop_main(l);
+    pthread_mutex_lock(&r->left_mutex);
+    r->n_left++;
+    pthread_cond_signal(&r->left);
+    pthread_mutex_unlock(&r->left_mutex);
     return NULL;
 }
 
@@ -196,12 +202,19 @@ static uint64_t leave_deadline(struct real_io *r)
     return (stopped ? stopped : real_now(&r->io)) + r->leave_ns;
 }
 
-/* False: it hangs in a system call. */
-static bool join_loop(struct real_io *r, pthread_t thread)
+/* Loops that hang in a system call are left behind. */
+static void join_loops(struct real_io *r, const pthread_t *threads, unsigned n)
 {
     uint64_t deadline = leave_deadline(r);
-    struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
-    return pthread_clockjoin_np(thread, NULL, CLOCK_MONOTONIC, &until) == 0;
+    pthread_mutex_lock(&r->left_mutex);
+    while (r->n_left < n && cond_wait(&r->left, &r->left_mutex, deadline))
+        ;
+    r->stuck = r->n_left < n;
+    pthread_mutex_unlock(&r->left_mutex);
+    if (r->stuck)
+        log_error("io", "%u loops hang in system calls and are left behind", n - r->n_left);
+    for (unsigned i = 0; i < n && !r->stuck; i++)
+        pthread_join(threads[i], NULL);
 }
 
 static int real_run(struct io *io, void (*main_fn)(void *), void *arg)
@@ -226,12 +239,7 @@ static int real_run(struct io *io, void (*main_fn)(void *), void *arg)
         loop_main(io->loops[0]);
     else
         real_stop(io);
-    for (unsigned i = 1; i < n; i++) {
-        if (join_loop(real_of(io), threads[i]))
-            continue;
-        log_error("io", "loop %u hangs in a system call and is left behind", i);
-        real_of(io)->stuck = true;
-    }
+    join_loops(real_of(io), threads + 1, n - 1);
     mem_free(threads);
     return r;
 }
@@ -319,6 +327,8 @@ int real_init(struct real_io *io, const struct backend *be, unsigned n_loops)
     io->ops.name = be->name;
     io->ops.kick = be->kick;
     pthread_mutex_init(&io->inode_mutex, NULL);
+    pthread_mutex_init(&io->left_mutex, NULL);
+    cond_init(&io->left);
     int r = io_init(&io->io, &io->ops, n_loops);
     return r < 0 ? r : pool_new(&io->pool);
 }
@@ -339,5 +349,7 @@ void real_free(struct io *io)
     r->be->free_loops(r);
     io_fini(io);
     pthread_mutex_destroy(&r->inode_mutex);
+    pthread_mutex_destroy(&r->left_mutex);
+    pthread_cond_destroy(&r->left);
     mem_free(r);
 }

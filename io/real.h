@@ -61,11 +61,14 @@ struct real_io {
     pthread_mutex_t inode_mutex; /* guards the table and the reference counts in it */
     struct inode *inodes[N_INODE_BUCKETS];
     sigset_t signals;
-    /* Threads that hang in a system call (a dead mount) are left behind so long after io_stop(), and
-     * with them all they may still touch. */
+    /* Threads that hang in a system call (a dead mount) are left behind so long after io_stop(),
+     * and with them all they may still touch. */
     uint64_t leave_ns;
     _Atomic uint64_t stopped_at;
-    bool stuck; /* a loop's thread is one of them */
+    pthread_mutex_t left_mutex;
+    pthread_cond_t left;
+    unsigned n_left; /* loops' threads that have ended */
+    bool stuck;      /* not all have */
     struct real_sock *signal_sock;
 };
 static inline struct real_io *real_of(struct io *io)
@@ -77,6 +80,10 @@ static inline struct real_io *real_of(struct io *io)
 int real_init(struct real_io *io, const struct backend *be, unsigned n_loops);
 void real_free(struct io *io);
 uint64_t real_now(struct io *io);
+
+/* A condition whose waits end at a time of real_now(): then false. */
+void cond_init(pthread_cond_t *c);
+bool cond_wait(pthread_cond_t *c, pthread_mutex_t *mutex, uint64_t deadline);
 
 /* ------------------------------------------------------------------ pool */
 

@@ -41,8 +41,8 @@ enum { DRAIN_REQUESTS = 32 };
 #define SLOW_NS 2000000u
 #define SLOW_FOR_NS 1000000000u
 #define COPY_MAX_BYTES (64 * MIB)
-#define INLINE_BYTES MIB            /* read at once, before others of the loop have their turn */
-#define DATA_FOR_NS 1000000000u     /* so long is remembered where data lies */
+#define INLINE_BYTES MIB        /* read at once, before others of the loop have their turn */
+#define DATA_FOR_NS 1000000000u /* so long is remembered where data lies */
 
 #ifndef RWF_NOWAIT
 #define RWF_NOWAIT 8
@@ -154,8 +154,8 @@ static uint32_t direct_align(int fd, bool block)
 }
 
 /* A file system that knows no RWF_NOWAIT (a network or user space mount) keeps a worker of the ring
- * for each request, and when it is dead it keeps them all. Its direct I/O is done in the pool, where
- * it has a share. Asked beyond any end, where nothing has to be read. */
+ * for each request, and when it is dead it keeps them all. Its direct I/O is done in the pool,
+ * where it has a share. Asked beyond any end, where nothing has to be read. */
 static bool refuses_nowait(int fd)
 {
     char *buf = mem_aligned(4096, 4096);
@@ -558,7 +558,7 @@ static co_fn void role_do(struct inode *ino, struct role_req *q)
             ino->role_head = q;
         ino->role_tail = q;
         spin_unlock(&ino->spin);
-        co_yield ();
+        co_yield();
         if (!q->yours)
             return;
     } else {
@@ -680,7 +680,7 @@ co_fn int real_fsync(struct io_file *file)
         f->sync_head = &w;
     f->sync_tail = &w;
     spin_unlock(&f->sync_spin);
-    co_yield ();
+    co_yield();
     return w.lead ? sync_lead(f) : w.result;
 }
 

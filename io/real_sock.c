@@ -9,7 +9,8 @@
  * A socket is registered with the loop that last waited for it, and moves when used on another.
  *
  * A UNIX listener remembers the inode of its file and removes only that. A file that is there
- * already is stale if connecting to it is refused; then it is replaced. */
+ * already is stale if connecting to it is refused; then it is replaced. The directory is locked
+ * (flock) meanwhile, for between bind() and listen() a daemon's socket looks stale. */
 #include <assert.h>
 #include <errno.h>
 #include <netdb.h>
@@ -17,6 +18,7 @@
 #include <netinet/tcp.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -26,7 +28,11 @@
 #include "base/mem.h"
 #include "io/real.h"
 
-enum { CONNECT_WAIT_S = 10 }; /* then the peer is taken for dead; a pool thread hangs on it */
+enum {
+    CONNECT_WAIT_S = 10, /* then the peer is taken for dead; a pool thread hangs on it */
+    DIR_LOCK_TRIES = 100,
+    DIR_LOCK_EVERY_NS = 10000000,
+};
 
 static struct real_sock *sock_of(struct io_sock *s)
 {
@@ -350,6 +356,23 @@ static int probe_unix(const struct sockaddr_un *sun, socklen_t len)
     return r == -EAGAIN ? 0 : r; /* a full queue is somebody's */
 }
 
+/* Two daemons that want the same path must not take each other's socket, bound but not listened on
+ * yet, for a stale one: the directory is locked from the look to listen(). Who holds that lock for
+ * long is none of us (some programs keep a directory from being cleaned that way), and where it
+ * cannot be had we go on without. A descriptor to close, or -1. */
+static int lock_dir(const char *path)
+{
+    char dir[sizeof(struct sockaddr_un)];
+    const char *slash = strrchr(path, '/');
+    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path) + 1 : 2, slash ? path : "./");
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    for (unsigned i = 0; i < DIR_LOCK_TRIES && flock(fd, LOCK_EX | LOCK_NB) < 0; i++)
+        nanosleep(&(struct timespec){.tv_nsec = DIR_LOCK_EVERY_NS}, NULL);
+    return fd;
+}
+
 /* Make way for a new socket file, if what is there may go. */
 static int clear_stale_path(const char *path, const struct sockaddr_un *sun, socklen_t len,
                             struct tide_error *err)
@@ -389,15 +412,11 @@ static void remember_path(struct real_sock *s, const char *path)
     s->own_path = true;
 }
 
-static int listen_unix(struct pool_op *op)
+static int listen_path(struct pool_op *op, const struct sockaddr_un *sun, socklen_t len)
 {
     struct io_addr *a = op->addr;
     struct real_sock *s = op->sock;
-    struct sockaddr_un sun;
-    socklen_t len = 0;
-    int r = unix_address_checked(a->path, &sun, &len, op->err);
-    if (r == 0 && a->path[0] != '@')
-        r = clear_stale_path(a->path, &sun, len, op->err);
+    int r = a->path[0] == '@' ? 0 : clear_stale_path(a->path, sun, len, op->err);
     if (r < 0)
         return r;
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -405,7 +424,7 @@ static int listen_unix(struct pool_op *op)
         return tide_fail(op->err, -errno, "cannot make a socket: %s", tide_strerror(errno));
     s->fd[0] = s->fd[1] = fd;
     s->is_unix = true;
-    if (bind(fd, (struct sockaddr *)&sun, len) < 0)
+    if (bind(fd, (const struct sockaddr *)sun, len) < 0)
         return tide_fail(op->err, -errno, "cannot listen on socket '%s': %s", a->path,
                          tide_strerror(errno));
     remember_path(s, a->path);
@@ -413,6 +432,20 @@ static int listen_unix(struct pool_op *op)
         return tide_fail(op->err, -errno, "cannot listen on socket '%s': %s", a->path,
                          tide_strerror(errno));
     return 0;
+}
+
+static int listen_unix(struct pool_op *op)
+{
+    struct sockaddr_un sun;
+    socklen_t len = 0;
+    int r = unix_address_checked(op->addr->path, &sun, &len, op->err);
+    if (r < 0)
+        return r;
+    int lock = op->addr->path[0] == '@' ? -1 : lock_dir(op->addr->path);
+    r = listen_path(op, &sun, len);
+    if (lock >= 0)
+        close(lock);
+    return r;
 }
 
 /* A listening descriptor for one address, or -errno. */

@@ -19,11 +19,16 @@
 #define LOOK_AHEAD (128 * MIB)  /* how far to ask whether there is data */
 #define CACHE_PIECE (1u << 20)
 
-uint64_t nbd_request_cost(const struct nbd_request *rq)
+uint64_t nbd_request_bytes(const struct nbd_request *rq)
 {
-    if (rq->cmd <= NBD_CMD_WRITE && rq->len <= NBD_MAX_PAYLOAD)
-        return rq->len;
-    return 0;
+    bool data = rq->cmd == NBD_CMD_READ || rq->cmd == NBD_CMD_WRITE || rq->cmd == NBD_CMD_CACHE;
+    return data && rq->len <= NBD_MAX_PAYLOAD ? rq->len : 0;
+}
+
+/* CACHE holds a piece only, but costs its length: not many of them shall work at once. */
+uint64_t nbd_request_cost(const struct nbd_conn *c, const struct nbd_request *rq)
+{
+    return rq->cmd == NBD_CMD_BLOCK_STATUS ? nbd_block_status_max(c, rq) : nbd_request_bytes(rq);
 }
 
 static int refuse(struct nbd_task *t, int code, const char *why)
@@ -201,6 +206,7 @@ static int do_read(struct nbd_task *t, struct node *n, bool structured)
 /* Bring it into the caches below, and through copy-on-read. */
 static int do_cache(struct nbd_task *t, struct node *n)
 {
+    struct root *root = nbd_task_context(t)->root;
     uint64_t off = t->rq.off, end = off + t->rq.len;
     size_t size = MIN((uint64_t)CACHE_PIECE, t->rq.len);
     if (size == 0)
@@ -211,6 +217,12 @@ static int do_cache(struct nbd_task *t, struct node *n)
         struct iovec iov = {buf, MIN(size, end - off)};
         r = node_preadv(n, &iov, 1, off, iov.iov_len);
         off += iov.iov_len;
+        if (r == 0 && off < end) {
+            loop_pause();
+            nbd_task_yield_gate(t);
+            n = root_node(root);
+            r = range_in(off, end - off, node_size(n)) ? 0 : -EINVAL; /* it may be smaller now */
+        }
     }
     if (buf)
         io_buf_put(buf, size);
@@ -296,6 +308,7 @@ static int do_block_status(struct nbd_task *t, struct node *n)
     if (r < 0)
         return r;
     t->mem = body;
+    t->mem_len = len;
     t->iov = t->small;
     t->n_iov = 0;
     add_piece(t, body, len);

@@ -8,8 +8,9 @@
  * GO (or the older EXPORT_NAME) ends it. All this happens on the control loop, so the table of
  * exports stands still between two yields; the answer to an option is therefore put together
  * completely before any of it is sent. A client may say anything: what is understood is bounded,
- * what is not is read past and refused by name, and only what breaks the framing ends the
- * connection. */
+ * what is not is read past and refused by name, and only what breaks the framing, or never comes to
+ * an end, ends the connection. After each option, and each 64 KiB of one that is too long, others
+ * have their turn: this is the loop of the monitor and of every transaction. */
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -24,6 +25,7 @@
 #define DISK_BLOCK 512u /* sizes are told in whole ones */
 #define PREFERRED_BLOCK 4096u
 #define MAX_QUERIES 1024u /* in one option, besides one for each context there is */
+#define PAUSE_EVERY (64u << 10)
 
 /* ------------------------------------------------------------------ answers */
 
@@ -307,10 +309,12 @@ static void put_contexts(struct answer *a, struct question *q, const struct nbd_
 
 static void keep_contexts(struct nbd_conn *c, const struct nbd_export *e, uint8_t *chosen)
 {
-    bool any = memchr(chosen, 1, nbd_n_contexts(e)) != NULL;
     mem_free(c->contexts);
     c->contexts = chosen;
-    c->n_contexts = any ? nbd_n_contexts(e) : 0;
+    c->n_chosen = 0;
+    for (unsigned id = 0; id < nbd_n_contexts(e); id++)
+        c->n_chosen += chosen[id];
+    c->n_contexts = c->n_chosen ? nbd_n_contexts(e) : 0;
     c->contexts_serial = e->serial;
 }
 
@@ -410,12 +414,14 @@ static int answer_option(struct nbd_conn *c, struct question *q, struct answer *
 static int read_past(struct nbd_conn *c, uint64_t len)
 {
     uint8_t waste[2048];
-    while (len > 0) {
-        size_t n = MIN(len, sizeof waste);
+    for (uint64_t done = 0; done < len;) {
+        size_t n = MIN(len - done, sizeof waste);
         int r = io_recv_all(c->sock, waste, n);
         if (r < 0)
             return r;
-        len -= n;
+        done += n;
+        if (done % PAUSE_EVERY == 0)
+            loop_pause();
     }
     return 0;
 }
@@ -424,7 +430,7 @@ static int read_past(struct nbd_conn *c, uint64_t len)
 static int refuse_long(struct nbd_conn *c, uint32_t opt, uint32_t len)
 {
     struct answer a = {0};
-    if (opt == NBD_OPT_EXPORT_NAME || len > NBD_MAX_PAYLOAD)
+    if (opt == NBD_OPT_EXPORT_NAME)
         return -EMSGSIZE;
     int r = read_past(c, len);
     if (r == 0) {
@@ -447,6 +453,9 @@ static int one_option(struct nbd_conn *c)
     uint32_t opt = get_be32(head + 8), len = get_be32(head + 12);
     if (!c->fixed && opt != NBD_OPT_EXPORT_NAME)
         return -EPROTO; /* an old client would not understand the answer */
+    c->haggled += sizeof head + len;
+    if (c->haggled > NBD_MAX_HAGGLE)
+        return -EMSGSIZE;
     if (len > (opt == NBD_OPT_EXPORT_NAME ? NBD_MAX_STRING : NBD_MAX_OPTION_LEN))
         return refuse_long(c, opt, len);
     mem_autofree uint8_t *data = mem_alloc(MAX(len, 1u));
@@ -486,8 +495,11 @@ static int greet(struct nbd_conn *c)
 int nbd_handshake(struct nbd_conn *c)
 {
     int r = greet(c);
-    for (unsigned n = 0; r == 0 && n < NBD_MAX_OPTIONS; n++)
+    for (unsigned n = 0; r == 0 && n < NBD_MAX_OPTIONS; n++) {
         r = one_option(c);
+        if (r == 0)
+            loop_pause();
+    }
     if (r == 0)
         return -EPROTO; /* it only plays with us */
     return r > 0 ? 0 : r;

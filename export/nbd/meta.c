@@ -2,13 +2,14 @@
 /* Metadata contexts.
  *
  *   id 0      base:allocation             HOLE where nothing is allocated, ZERO where it reads as
- * zero id 1      qemu:allocation-depth       the layer that decides (1: the node itself); if the export
- * offers it id 2 + i  qemu:dirty-bitmap:NAME      DIRTY, from the export's i-th bitmap
+ * zero id 1      qemu:allocation-depth       the layer that decides (1: the node itself); if the
+ * export offers it id 2 + i  qemu:dirty-bitmap:NAME      DIRTY, from the export's i-th bitmap
  *
  * A client lists by exact name or by family ("base:", "qemu:", "qemu:dirty-bitmap:") and chooses by
  * exact name only. Exported bitmaps are busy, so they stay; their bits are read within one turn,
  * or, when there are many, over several turns of one admission, which keeps them from being
  * exchanged. */
+#include <assert.h>
 #include <errno.h>
 #include <string.h>
 
@@ -88,6 +89,7 @@ struct status {
     struct node *node;
     uint8_t *p;
     size_t len, cap;
+    size_t max;   /* that it can become */
     uint64_t end; /* of what was asked */
     unsigned max_extents;
     /* of the chunk under way */
@@ -101,7 +103,8 @@ static int reserve(struct status *st, size_t len)
 {
     if (len <= st->cap - st->len)
         return 0;
-    size_t cap = MAX(2 * st->cap, st->len + len + 512);
+    assert(len <= st->max - st->len);
+    size_t cap = MIN(MAX(2 * st->cap, st->len + len + 512), st->max);
     uint8_t *p = mem_realloc(st->p, cap, 1);
     if (!p)
         return -ENOMEM;
@@ -196,19 +199,39 @@ static int add_dirty(struct status *st, const struct dirty_bitmap *b, uint64_t o
     return r < 0 ? r : 0;
 }
 
+static unsigned max_extents(const struct nbd_conn *c, const struct nbd_request *rq)
+{
+    if (rq->flags & NBD_FLAG_REQ_ONE)
+        return 1;
+    return MIN((uint64_t)MAX(256u, NBD_MAX_EXTENTS / MAX(c->n_chosen, 1u)), rq->len);
+}
+
+uint64_t nbd_block_status_max(const struct nbd_conn *c, const struct nbd_request *rq)
+{
+    uint64_t chunk = NBD_CHUNK_LEN + 4 + (uint64_t)EXTENT_LEN * max_extents(c, rq);
+    return c->n_contexts ? c->n_chosen * chunk : 0;
+}
+
+/* The reply may wait for a slow client: it is not to hold more than it needs. */
+static void trim_body(struct status *st)
+{
+    uint8_t *p = mem_realloc(st->p, st->len, 1);
+    if (p)
+        st->p = p;
+}
+
 int nbd_block_status(struct nbd_task *t, struct node *n, uint8_t **out, size_t *out_len)
 {
     struct nbd_context *x = nbd_task_context(t);
     const struct nbd_conn *c = x->conn;
-    struct status st = {.task = t, .node = n, .end = t->rq.off + t->rq.len};
-    unsigned n_chosen = 0;
+    struct status st = {
+        .task = t,
+        .node = n,
+        .max = nbd_block_status_max(c, &t->rq),
+        .end = t->rq.off + t->rq.len,
+        .max_extents = max_extents(c, &t->rq),
+    };
     int r = 0;
-    for (unsigned id = 0; id < c->n_contexts; id++)
-        n_chosen += c->contexts[id];
-    if (t->rq.flags & NBD_FLAG_REQ_ONE)
-        st.max_extents = 1;
-    else
-        st.max_extents = MAX(256u, NBD_MAX_EXTENTS / MAX(n_chosen, 1u));
     for (unsigned id = 0; r == 0 && id < c->n_contexts; id++) {
         if (!c->contexts[id])
             continue;
@@ -224,6 +247,7 @@ int nbd_block_status(struct nbd_task *t, struct node *n, uint8_t **out, size_t *
         mem_free(st.p);
         return r;
     }
+    trim_body(&st);
     put_be16(st.p + st.chunk + 4, NBD_CHUNK_DONE);
     *out = st.p;
     *out_len = st.len;

@@ -26,6 +26,7 @@ struct root;
 #define NBD_HANDSHAKE_NS (UINT64_C(10) * 1000000000) /* from accept to the end of the handshake */
 #define NBD_MAX_OPTIONS 4096u                        /* one client may send */
 #define NBD_MAX_OPTION_LEN (256u << 10)              /* longer ones are read past and refused */
+#define NBD_MAX_HAGGLE (8u << 20)                    /* bytes of options from one client */
 
 /* One export, as connections see it. Embedded in export.c's struct, which owns what it points to;
  * everything above the line is fixed before the export is attached. */
@@ -52,10 +53,11 @@ struct nbd_conn {
     TAILQ_ENTRY(nbd_conn) link;
     uint64_t deadline;      /* of the handshake; 0 once it is over */
     struct nbd_export *exp; /* counted in exp->n_conns */
+    uint64_t haggled;       /* bytes of options so far */
     bool fixed, no_zeroes, structured;
     /* Contexts chosen by SET_META_CONTEXT: one byte each, by context id; n_contexts 0: none. */
     uint8_t *contexts;
-    unsigned n_contexts;
+    unsigned n_contexts, n_chosen;
     uint64_t contexts_serial; /* the export they were chosen for */
     struct io_event served;   /* the data loop is done with us */
 };
@@ -70,6 +72,7 @@ struct nbd_server {
     unsigned n_conns;
     unsigned next_loop;
     unsigned n_running; /* coroutines that are not connections: acceptor, watchdog */
+    uint64_t warn_at;   /* a client that cannot be taken is worth a line again */
     bool held;          /* clients wait in the backlog until nbd_server_release() */
     bool stopping;
     struct nbd_conns conns;     /* in the order of their deadlines */
@@ -137,6 +140,7 @@ struct nbd_task {
     void *buf;              /* io_buf_get(buf_len): a write's payload or a read's data */
     size_t buf_len;
     void *mem;       /* mem_alloc(): the body of a reply to BLOCK_STATUS, or struct nbd_chunks */
+    size_t mem_len;  /* of such a body */
     uint64_t charge; /* bytes counted as in flight */
     int error;       /* known before it ran: -errno */
     const char *why; /* error text for the client; NULL: none */
@@ -158,8 +162,9 @@ struct nbd_context *nbd_task_context(struct nbd_task *t);
 
 /* Do it (admitted) and make the reply. Errors end up in the reply. */
 co_fn void nbd_task_run(struct nbd_task *t);
-/* Bytes that `rq` will hold while in flight. */
-uint64_t nbd_request_cost(const struct nbd_request *rq);
+/* Bytes that `rq` may hold while in flight, and those that it moves. */
+uint64_t nbd_request_cost(const struct nbd_conn *c, const struct nbd_request *rq);
+uint64_t nbd_request_bytes(const struct nbd_request *rq);
 
 /* ---- meta.c ---- */
 
@@ -181,6 +186,8 @@ void nbd_context_all(const struct nbd_export *e, uint8_t *chosen);
 void nbd_context_name(const struct nbd_export *e, unsigned id, const char **prefix,
                       const char **name);
 
+/* The longest body of a reply to BLOCK_STATUS. */
+uint64_t nbd_block_status_max(const struct nbd_conn *c, const struct nbd_request *rq);
 /* A reply to BLOCK_STATUS: chunks for every chosen context, the last one flagged DONE. *out is the
  * caller's (mem_free). -errno. */
 co_fn int nbd_block_status(struct nbd_task *t, struct node *n, uint8_t **out, size_t *out_len);

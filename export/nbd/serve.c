@@ -12,7 +12,8 @@
  * request has left.
  *
  * Bounds: NBD_MAX_TASKS requests and NBD_MAX_BYTES of data and replies in flight; beyond, the
- * reader waits, and so a client that does not read its replies is not read from either. A turn of
+ * reader waits, and so a client that does not read its replies is not read from either. A request
+ * is charged the most that it may hold until its reply is made, then what it does hold. A turn of
  * one connection ends after TURN_TASKS requests, TURN_BYTES or TURN_NS.
  *
  * Received data stays where it arrived: a small write is done from the receive buffer, which is
@@ -31,7 +32,8 @@
 #define TURN_TASKS 64u
 #define TURN_BYTES MIB
 #define TURN_NS 200000u
-#define CLOCK_EVERY 8u /* requests between two looks at the clock */
+#define CLOCK_EVERY 8u           /* requests between two looks at the clock */
+#define CLOCK_BYTES (128u << 10) /* a request of so many is worth a look by itself */
 
 #define RBUF_LEN (256u << 10)
 #define SMALL_PAYLOAD (64u << 10) /* up to here a write's data is received among the requests */
@@ -91,7 +93,7 @@ static void park(struct nbd_session *s)
 {
     assert(!s->in_batch && !s->reader);
     s->reader = co_self();
-    co_yield ();
+    co_yield();
 }
 
 static void wake_reader(struct nbd_session *s)
@@ -183,10 +185,10 @@ static struct nbd_task *task_new(struct nbd_session *s)
     return t;
 }
 
-static void uncharge(struct nbd_task *t)
+static void set_charge(struct nbd_task *t, uint64_t bytes)
 {
-    t->s->bytes -= t->charge;
-    t->charge = 0;
+    t->s->bytes += bytes - t->charge;
+    t->charge = bytes;
 }
 
 static void task_free(struct nbd_task *t)
@@ -196,7 +198,7 @@ static void task_free(struct nbd_task *t)
     if (t->buf)
         io_buf_put(t->buf, t->buf_len);
     mem_free(t->mem);
-    uncharge(t);
+    set_charge(t, 0);
     s->n_tasks--;
     t->next = s->free;
     s->free = t;
@@ -299,7 +301,11 @@ static void task_done(struct nbd_task *t)
     if (t->rq.cmd == NBD_CMD_WRITE && t->buf) {
         io_buf_put(t->buf, t->buf_len);
         t->buf = NULL;
-        uncharge(t);
+    }
+    uint64_t held = (t->buf ? t->buf_len : 0) + t->mem_len;
+    if (held < t->charge) {
+        set_charge(t, held);
+        wake_reader(s);
     }
     t->next = NULL;
     *s->out_end = t;
@@ -339,8 +345,15 @@ static void task_start(struct nbd_task *t)
     struct nbd_session *s = t->s;
     begin_batch(s);
     s->n_inside++;
-    if (loop_run_now(task_main, t) < 0)
-        task_main(t); /* no memory for a coroutine: the reader does it, and others wait */
+    if (loop_run_now(task_main, t) == 0)
+        return;
+    /* No memory for a coroutine: the reader does it, and others wait. It is no batch then, for a
+     * batch is only left by the reader, who may be held up now. */
+    leave(s);
+    end_batch(s);
+    root_enter(s->x.root);
+    t->own_entry = true;
+    task_main(t);
 }
 
 /* ------------------------------------------------------------------ receiving */
@@ -377,7 +390,13 @@ static int receive_apart(struct nbd_session *s, struct nbd_task *t)
     s->pos += here;
     s->hint = HINT_LEN;
     end_batch(s);
-    return here == len ? 0 : io_recv_all(s->sock, (uint8_t *)t->buf + here, len - here);
+    int r = 0;
+    for (size_t done = here; r == 0 && done < len; done += MIN(TURN_BYTES, len - done)) {
+        if (done > here)
+            loop_pause(); /* a quick client leaves the others their turns */
+        r = io_recv_all(s->sock, (uint8_t *)t->buf + done, MIN(TURN_BYTES, len - done));
+    }
+    return r;
 }
 
 /* Without memory for it: read past it. */
@@ -439,7 +458,7 @@ static int next_request(struct nbd_session *s, struct nbd_task **out)
     s->pos += NBD_REQUEST_LEN;
     if (rq.cmd == NBD_CMD_DISC)
         return 1;
-    uint64_t cost = nbd_request_cost(&rq);
+    uint64_t cost = nbd_request_cost(s->x.conn, &rq);
     wait_for_room(s, cost);
     struct nbd_task *t = task_new(s);
     if (!t)
@@ -456,7 +475,7 @@ static int next_request(struct nbd_session *s, struct nbd_task **out)
             return r;
         }
         if (t->pin)
-            uncharge(t); /* the receive buffer is counted instead */
+            set_charge(t, 0); /* the receive buffer is counted instead */
     }
     *out = t;
     return 0;
@@ -477,7 +496,8 @@ static void count_turn(struct nbd_session *s, uint64_t bytes)
     s->turn_tasks++;
     s->turn_bytes += bytes;
     if (s->turn_tasks < TURN_TASKS && s->turn_bytes < TURN_BYTES &&
-        (s->turn_tasks % CLOCK_EVERY || io_now(s->io) - s->turn_began < TURN_NS))
+        ((s->turn_tasks % CLOCK_EVERY && bytes <= CLOCK_BYTES) ||
+         io_now(s->io) - s->turn_began < TURN_NS))
         return;
     end_batch(s);
     loop_pause();
@@ -490,7 +510,7 @@ static void serve_requests(struct nbd_session *s)
     while (!s->broken && next_request(s, &t) == 0) {
         /* Data that we refuse to take cannot be told from the next request. */
         bool last = t->rq.cmd == NBD_CMD_WRITE && t->rq.len > NBD_MAX_PAYLOAD;
-        uint64_t bytes = t->rq.cmd <= NBD_CMD_WRITE ? t->rq.len : 0;
+        uint64_t bytes = nbd_request_bytes(&t->rq);
         task_start(t);
         if (last)
             break;

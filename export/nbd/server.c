@@ -14,6 +14,7 @@
 
 #define BACKLOG 256
 #define ACCEPT_RETRY_NS 100000000u /* no descriptor or memory left: try again after this */
+#define WARN_EVERY_NS 10000000000u
 
 /* ------------------------------------------------------------------ exports */
 
@@ -113,6 +114,16 @@ int nbd_server_adopt(struct nbd_server *srv, struct io_sock *sock)
 
 /* ------------------------------------------------------------------ acceptor and watchdog */
 
+/* Whoever uses up our descriptors must not fill the log too. */
+static void warn_now_and_then(struct nbd_server *srv, int r)
+{
+    uint64_t now = io_now(srv->io);
+    if (now < srv->warn_at)
+        return;
+    srv->warn_at = now + WARN_EVERY_NS;
+    log_warn("nbd", "cannot accept a connection: %s", tide_strerror(-r));
+}
+
 static void accept_one(struct nbd_server *srv)
 {
     struct io_sock *sock;
@@ -123,7 +134,7 @@ static void accept_one(struct nbd_server *srv)
             io_sock_close(sock);
     }
     if (r < 0 && !srv->stopping) {
-        log_warn("nbd", "cannot accept a connection: %s", tide_strerror(-r));
+        warn_now_and_then(srv, r);
         io_event_wait(&srv->room, io_now(srv->io) + ACCEPT_RETRY_NS);
     }
 }
@@ -136,6 +147,7 @@ static void acceptor(void *arg)
             io_event_wait(&srv->room, IO_FOREVER);
         else
             accept_one(srv);
+        loop_pause(); /* a crowd at the door leaves the others their turns */
     }
     srv->n_running--;
     io_event_set(&srv->ended);

@@ -168,6 +168,20 @@ def test_endless_haggling_ends(d):
             c.option(3)
 
 
+def test_options_too_long_without_end(d):
+    """Read past politely, but only some MiB of them."""
+    crowd = [Raw(d.nbd_path) for _ in range(3)]
+    for c in crowd:
+        sent = 0
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while True:
+                c.send(option(7, length=4 * MiB))
+                for _ in range(64):
+                    c.send(bytes(64 * KiB))
+                    sent += 64 * KiB
+        assert sent < 16 * MiB
+
+
 # ---------------------------------------------------------------- transmission
 
 def test_garbage_instead_of_a_request(d):
@@ -266,6 +280,32 @@ def test_a_client_that_writes_and_never_reads_replies(d):
         pass
     normal_client(d)
     assert memory(d) < 200 * MiB
+
+
+def test_block_status_that_nobody_reads(d):
+    """Long replies to short questions count as well."""
+    d.cmd('block-dirty-bitmap-add', node='disk', name='b', granularity=512)
+    d.export('disk', 'marked', bitmaps=['b'])
+    context = string(b'marked') + struct.pack('>I', 1) + string(b'qemu:dirty-bitmap:b')
+    c = Raw(d.nbd_path)
+    assert c.option(8)[-1][0] == c.option(10, context)[-1][0] == 1
+    c.structured = True
+    c.option(7, string(b'marked') + b'\0\0')
+    for i in range(64):
+        c.send(b''.join(request(WRITE, (64 * i + k) * 4096, 512) + bytes(512) for k in range(64)))
+        for k in range(64):
+            assert c.reply().error == 0
+    ask = b''.join(request(STATUS, 0, SIZE) for _ in range(1000))
+    c.s.settimeout(1)
+    with pytest.raises(TimeoutError):
+        for _ in range(1000):
+            c.s.sendall(ask)
+    normal_client(d)
+    assert memory(d) < 2 * 64 * MiB
+    c.s.settimeout(DEADLINE)
+    for _ in range(3):
+        assert c.reply().error == 0
+    c.s.close()
 
 
 def test_one_byte_at_a_time(d):

@@ -295,6 +295,24 @@ def test_no_write_slips_past_a_bitmap(tide):
     assert tide.ranges('right', 'b') == tide.ranges('f', 'b') == [(0, G)]
 
 
+def test_partitions_of_one_disk_have_bitmaps_of_their_own(tide):
+    """Windows that do not overlap keep out of each other's way; one that overlaps is refused."""
+    tide.add_file('f', 4 * MiB)
+    for i in range(2):
+        tide.cmd('blockdev-add', driver='raw', node_name=f'p{i}', file='f', offset=i * MiB, size=MiB)
+        tide.cmd(ADD, node=f'p{i}', name='b')
+        tide.export(f'p{i}')
+        write(tide, (i * G, 1), name=f'p{i}')
+    tide.cmd('blockdev-add', driver='raw', node_name='o', file='f', offset=2 * MiB - 512, size=MiB)
+    with pytest.raises(QmpError, match="'p1'"):
+        tide.export('o')
+    assert "'p1'" in refused(tide, ADD, node='o', name='b')
+    tide.cmd('blockdev-add', driver='raw', node_name='after', file='f', offset=2 * MiB)
+    tide.export('after')
+    tide.cmd(ADD, node='after', name='b')
+    assert [tide.ranges(n, 'b') for n in ('p0', 'p1', 'after')] == [[(0, G)], [(G, G)], []]
+
+
 def test_odd_disk_counts_whole_granules(tide):
     tide.add_disk('d', 100352)
     tide.cmd(ADD, node='d', name='b')

@@ -278,6 +278,7 @@ def test_a_stalled_target_fails_the_job_not_the_guests():
         assert done['error']
         d.qmp.job_end('j')
         assert d.bitmap('a', 'm')['count'] == size
+        assert "guest writes waited for memory" in d.log(), 'they are counted'
 
 
 def test_cancel_frees_guests_that_wait_for_memory():
