@@ -13,7 +13,9 @@
 #include "qmp/instance.h"
 #include "schema/handlers.h"
 
-#define SHA256_MAX_BYTES (GIB / 2) /* as long as the control loop may be held up by a debug command */
+#define RANGES_MAX 65536u /* in one page, whatever was asked for: nothing yields in here */
+/* As long as a debug command may hold up the control loop. */
+#define SHA256_MAX_BYTES (GIB / 2)
 
 static int no_memory(struct tide_error *err)
 {
@@ -223,13 +225,14 @@ int qmp_query_dirty_ranges(struct qmp_call *call, const struct q_query_dirty_ran
                          shown_name(args->name).text, args->node);
     if (args->has_limit && args->limit == 0)
         return tide_fail(err, -EINVAL, "'limit' is 0: ask for at least one range");
+    uint32_t limit = MIN(args->limit, RANGES_MAX);
     uint64_t size = bitmap_size(b->bits), off = args->offset, run, len;
     json_t *ranges = json_array();
     json_t *reply = json_pack("{s:o}", "ranges", ranges);
     if (!reply)
         return no_memory(err);
     for (uint32_t i = 0; bitmap_next_dirty(b->bits, off, size, &run, &len); i++) {
-        if (i == args->limit) {
+        if (i == limit) {
             r = json_object_set_new(reply, "next", json_integer((json_int_t)run));
             break;
         }
