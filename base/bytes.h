@@ -61,7 +61,8 @@ static inline uint64_t round_up(uint64_t v, uint64_t pow2)
 {
     return (v + pow2 - 1) & ~(pow2 - 1);
 }
-/* Is [off, off+len) inside [0, size)? No overflow for any input; an empty range at the end is in. */
+/* Is [off, off+len) inside [0, size)? No overflow for any input; an empty range at the end is in.
+ */
 static inline bool range_in(uint64_t off, uint64_t len, uint64_t size)
 {
     return off <= size && len <= size - off;

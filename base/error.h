@@ -31,7 +31,7 @@ int tide_fail_class(struct tide_error *err, enum tide_class class, int code, con
 /* clang's analyzer reads one file at a time: let it see that what is returned is `code`. */
 #ifdef __clang_analyzer__
 #define tide_fail(err, code, ...) (tide_fail(err, code, __VA_ARGS__), (code))
-#define tide_fail_class(err, class, code, ...) \
+#define tide_fail_class(err, class, code, ...)                                                     \
     (tide_fail_class(err, class, code, __VA_ARGS__), (code))
 #endif
 

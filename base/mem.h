@@ -35,7 +35,8 @@ static inline void mem_free_at(void *pp)
 }
 #define mem_autofree __attribute__((cleanup(mem_free_at)))
 
-/* An arena: what lives for one request is allocated here and freed at once. One thread at a time. */
+/* An arena: what lives for one request is allocated here and freed at once. One thread at a time.
+ */
 struct arena_block;
 struct arena {
     struct arena_block *blocks;

@@ -8,7 +8,10 @@
 struct spin {
     atomic_flag held;
 };
-#define SPIN_INIT {ATOMIC_FLAG_INIT}
+#define SPIN_INIT                                                                                  \
+    {                                                                                              \
+        ATOMIC_FLAG_INIT                                                                           \
+    }
 
 static inline void spin_lock(struct spin *s)
 {

@@ -19,24 +19,28 @@ struct q_blockdev_options;
 struct q_blockdev_ref;
 
 struct driver_ops {
-    const char *name; /* as in blockdev-add */
+    const char *name;  /* as in blockdev-add */
     size_t state_size; /* node->state: zeroed, freed with the node */
-    bool filter; /* shows its child's contents unchanged */
+    bool filter;       /* shows its child's contents unchanged */
     /* Opens children with node_open_child(); sets n->size and, where it matters, n->align, cluster,
-     * filename. On failure close() is called and has to cope with every stage. May yield, as all. */
+     * filename. On failure close() is called and has to cope with every stage. May yield, as all.
+     */
     int (*open)(struct node *n, const struct q_blockdev_options *opts, struct tide_error *err);
     void (*close)(struct node *n);
     /* The permissions in use (ROOT_READ | ROOT_WRITE) become `perm`: take or drop file locks. */
     int (*set_perm)(struct node *n, unsigned perm, struct tide_error *err);
-    /* Ranges are checked and, in multiples of n->align; reads past the driver's own end give zeroes. */
+    /* Ranges are checked and, in multiples of n->align; reads past the driver's own end give
+     * zeroes. */
     int (*preadv)(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len);
     int (*pwritev)(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
                    unsigned flags);
-    int (*zero)(struct node *n, uint64_t off, uint64_t len, unsigned flags); /* -EOPNOTSUPP: cannot */
+    int (*zero)(struct node *n, uint64_t off, uint64_t len,
+                unsigned flags); /* -EOPNOTSUPP: cannot */
     int (*discard)(struct node *n, uint64_t off, uint64_t len);
     int (*flush)(struct node *n);
     int (*extent)(struct node *n, uint64_t off, uint64_t len, struct extent *e);
-    /* The file that holds our bytes one to one and the offset of byte 0 in it; NULL: there is none. */
+    /* The file that holds our bytes one to one and the offset of byte 0 in it; NULL: there is none.
+     */
     struct io_file *(*offload)(struct node *n, uint64_t *base);
     uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
 };
@@ -111,19 +115,19 @@ TAILQ_HEAD(node_list, node);
 
 struct graph {
     struct io *io;
-    struct co_mutex commands;  /* the command lock */
-    struct co_mutex perms;     /* permission updates, which take and drop file locks */
-    struct co_rwlock effects;  /* a list's effects are not seen before it is over */
+    struct co_mutex commands; /* the command lock */
+    struct co_mutex perms;    /* permission updates, which take and drop file locks */
+    struct co_rwlock effects; /* a list's effects are not seen before it is over */
     struct node_list nodes;
     struct root_list roots;
     unsigned next_auto_name;
     uint64_t next_generation; /* of bitmaps */
-    struct quiesce *quiesce;   /* the one under way */
-    struct io_event drained;   /* somebody left a closed root */
+    struct quiesce *quiesce;  /* the one under way */
+    struct io_event drained;  /* somebody left a closed root */
     uint64_t quiesce_timeout, quiesce_failed_at;
-    struct graph_loop {        /* of each loop: pages its markers replaced */
+    struct graph_loop { /* of each loop: pages its markers replaced */
         _Alignas(64) struct bitmap_retired retired;
-    } *loop;
+    } * loop;
     struct reaper *reaper;
 };
 /* Permissions: recompute what `n` and everything below is used for; -EAGAIN etc. with text. */

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Nodes: the block devices of the graph, and the only door to the drivers.
  *
- * The graph (names, children, parents, roots) changes on the control loop only. I/O runs on any loop
- * and enters through a root (block/root.h), whose gate is what a transaction closes; what I/O reads
- * of a node (driver, children, size, tracker, hooks) changes only while the roots that reach the node
- * are quiesced.
+ * The graph (names, children, parents, roots) changes on the control loop only. I/O runs on any
+ * loop and enters through a root (block/root.h), whose gate is what a transaction closes; what I/O
+ * reads of a node (driver, children, size, tracker, hooks) changes only while the roots that reach
+ * the node are quiesced.
  *
- * `off` and `len` are bytes. Ranges are checked here against the node's size: a request that does not
- * fit is -EINVAL (reads) or -ENOSPC (writes). All I/O functions are co_fn, return 0 or -errno. */
+ * `off` and `len` are bytes. Ranges are checked here against the node's size: a request that does
+ * not fit is -EINVAL (reads) or -ENOSPC (writes). All I/O functions are co_fn, return 0 or -errno.
+ */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -35,11 +36,14 @@ struct extent {
 #define NODE_FUA 1u       /* durable on return */
 #define NODE_UNMAP 2u     /* node_zero: may give the space back */
 #define NODE_FAST_ZERO 4u /* node_zero: -ENOTSUP rather than writing zeroes slowly */
-#define NODE_UNCHANGED 8u /* a job's write that leaves guest-visible data as it is: marks nothing */
+#define NODE_UNCHANGED                                                                             \
+    8u /* a job's write that leaves guest-visible data as it is: marks nothing                     \
+        */
 
-co_fn int node_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len);
-co_fn int node_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
-                       unsigned flags);
+co_fn int node_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                      uint64_t len);
+co_fn int node_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                       uint64_t len, unsigned flags);
 co_fn int node_zero(struct node *n, uint64_t off, uint64_t len, unsigned flags);
 /* Succeeds without doing (or marking) anything on a node that ignores discards. */
 co_fn int node_discard(struct node *n, uint64_t off, uint64_t len);

@@ -9,8 +9,8 @@
  * nothing that an admitted request can wait for). Leave on the loop that entered. A parked caller
  * has to look up node, size and permissions again after root_enter returned.
  *
- * quiesce_begin() closes the gates of all roots that reach a node of a set and waits until nobody is
- * inside; it is the only way to change what I/O reads. */
+ * quiesce_begin() closes the gates of all roots that reach a node of a set and waits until nobody
+ * is inside; it is the only way to change what I/O reads. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -26,8 +26,9 @@ struct root;
 #define ROOT_WRITE 2u
 #define ROOT_ALONE 4u /* nobody else writes to the node while this root lives */
 
-/* `what` ("export 'e0'", "job 'j0' target") names it in errors; copied. Checks permissions both ways
- * and takes file locks: -EPERM, -EBUSY, -EAGAIN with a text. The node gets a reference. Control. */
+/* `what` ("export 'e0'", "job 'j0' target") names it in errors; copied. Checks permissions both
+ * ways and takes file locks: -EPERM, -EBUSY, -EAGAIN with a text. The node gets a reference.
+ * Control. */
 co_fn int root_new(struct node *n, unsigned perm, const char *what, struct root **out,
                    struct tide_error *err);
 /* Nobody is inside and nobody will enter. NULL is fine. Control loop. */

@@ -23,12 +23,12 @@ struct undo;
 
 struct dirty_bitmap {
     char *name;
-    struct node *node;       /* NULL while detached (kept by an undo record) */
-    struct bitmap *bits;     /* what queries, merges and exports see */
+    struct node *node;        /* NULL while detached (kept by an undo record) */
+    struct bitmap *bits;      /* what queries, merges and exports see */
     struct bitmap *successor; /* takes marks while frozen, else NULL */
-    bool enabled;            /* new writes are recorded (by the successor while frozen) */
+    bool enabled;             /* new writes are recorded (by the successor while frozen) */
     bool persistent, inconsistent, read_only;
-    unsigned n_busy;         /* jobs and exports that use it */
+    unsigned n_busy; /* jobs and exports that use it */
     /* Changes whenever the bits may have stopped covering every change since it was made: clear, a
      * backup that consumed it, enable and disable. No other bitmap of this daemon ever has the same
      * one. What is undone gives the old one back. */
@@ -47,7 +47,8 @@ int dirty_bitmap_find(struct node *n, const char *name, unsigned needs, struct d
                       struct tide_error *err);
 struct dirty_bitmap *node_bitmaps(const struct node *n); /* newest first */
 
-/* Not attached yet. granularity 0 = the node's default. Names and granularities are checked here. */
+/* Not attached yet. granularity 0 = the node's default. Names and granularities are checked here.
+ */
 int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, bool has_granularity,
                      bool disabled, struct dirty_bitmap **out, struct tide_error *err);
 /* -EPERM when something writes to a node below, past this tracker. */

@@ -41,7 +41,7 @@ struct co {
     void *entered_sp;  /* the context of whoever entered us, while we run */
     struct co *caller; /* the coroutine that entered us; NULL: the thread itself */
     struct co_sched *sched;
-    struct co *next; /* run queue, waiters, pool: never in two at once */
+    struct co *next;                   /* run queue, waiters, pool: never in two at once */
     struct co *live_next, **live_prev; /* all that have not ended */
     void (*fn)(void *arg);
     void *arg;
@@ -305,7 +305,7 @@ void co_enter(struct co *c)
         co_end(c);
 }
 
-void co_yield (void)
+void co_yield(void)
 {
     struct co *c = current;
     assert(c); /* only coroutines yield */

@@ -28,8 +28,8 @@ struct co_sched {
 };
 
 void co_sched_init(struct co_sched *s, void (*ready)(struct co_sched *, struct co *));
-/* Free coroutines that will never be entered again: what their stacks own is lost with them. For the
- * end of a process and for simulated power cuts. Outside coroutines. */
+/* Free coroutines that will never be entered again: what their stacks own is lost with them. For
+ * the end of a process and for simulated power cuts. Outside coroutines. */
 void co_abandon_all(struct co_sched *s);
 /* All coroutines have ended or were abandoned. Frees the pool. */
 void co_sched_fini(struct co_sched *s);
@@ -46,10 +46,11 @@ void co_enter(struct co *c);
 /* Back to whoever entered us. Returns when somebody enters us again. */
 co_fn void co_yield(void);
 
-/* Exactly one wake for each yield: tells the scheduler that `c` may be entered again. Any thread. */
+/* Exactly one wake for each yield: tells the scheduler that `c` may be entered again. Any thread.
+ */
 void co_wake(struct co *c);
 
-struct co *co_self(void);       /* NULL outside coroutines */
+struct co *co_self(void); /* NULL outside coroutines */
 struct co_sched *co_sched_of(struct co *c);
 static inline bool co_inside(void)
 {

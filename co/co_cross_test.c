@@ -82,7 +82,7 @@ static void keep_registers(void *arg)
     k->ok = true;
     for (unsigned n = 0; n < k->rounds; n++) {
         co_wake(k->self);
-        co_yield ();
+        co_yield();
         k->ok = k->ok && co_self() == k->self && a == i[0] && b == i[1] && c == i[2] && e == i[3] &&
                 f == i[4] && g == i[5] && h == i[6] && j == i[7] && l == i[8] && m == i[9] &&
                 o == i[10] && p == i[11] && q == d[0] && r == d[1] && s == d[2] && t == d[3] &&
@@ -161,7 +161,7 @@ static void enter_next_level(void *arg)
         co_enter(child.child);
         me->sum += child.sum;
     }
-    co_yield ();
+    co_yield();
 }
 
 static void test_nested(void)
@@ -257,7 +257,7 @@ static void lock_often(void *arg)
         co_mutex_lock(k->m);
         CHECK(++*k->inside == 1);
         co_wake(co_self());
-        co_yield ();
+        co_yield();
         --*k->inside;
         co_mutex_unlock(k->m);
     }

@@ -76,7 +76,7 @@ static void sched_fini(struct sched *s)
 static co_fn void pass(void)
 {
     co_wake(co_self());
-    co_yield ();
+    co_yield();
 }
 
 /* What happened, in order. */
@@ -100,9 +100,9 @@ static void assert_trace(const char *want)
 static void yield_twice(void *arg)
 {
     note(arg);
-    co_yield ();
+    co_yield();
     note(arg);
-    co_yield ();
+    co_yield();
     note(arg);
 }
 
@@ -143,7 +143,7 @@ static void inner_fn(void *arg)
     struct nest *n = arg;
     assert_ptr_equal(co_self(), n->inner);
     note("[");
-    co_yield ();
+    co_yield();
     assert_ptr_equal(co_self(), n->inner);
     note("]");
 }
@@ -158,7 +158,7 @@ static void outer_fn(void *arg)
     co_enter(n->inner); /* comes back when the inner one yields */
     assert_ptr_equal(co_self(), n->self);
     note("-");
-    co_yield (); /* to the test, not to the inner one */
+    co_yield(); /* to the test, not to the inner one */
     note(")");
 }
 
@@ -379,7 +379,7 @@ static void overflow_hits_the_guard(void **state)
 
 static void yield_outside(void *arg)
 {
-    co_yield ();
+    co_yield();
 }
 
 static void fini_too_early(void *arg)
@@ -429,7 +429,7 @@ static void count_switches(void *arg)
     for (unsigned i = 0; i < k->want; i++) {
         k->n++;
         d += 1;
-        co_yield ();
+        co_yield();
     }
     k->sum = d;
 }

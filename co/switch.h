@@ -32,9 +32,9 @@
  * are left alone: nobody here changes them, and saving them costs more than all the rest. */
 void co_switch(void **save, void *to);
 
-/* A context on the stack [low, top) that calls run(arg) when it is continued for the first time. When
- * run() returns, the context that it returns is continued and this one is no more: a new one may be
- * prepared in its place. `top` is 16-byte aligned. */
+/* A context on the stack [low, top) that calls run(arg) when it is continued for the first time.
+ * When run() returns, the context that it returns is continued and this one is no more: a new one
+ * may be prepared in its place. `top` is 16-byte aligned. */
 void *co_switch_prepare(void *low, void *top, void *(*run)(void *arg), void *arg);
 
 extern const char co_switch_name[];

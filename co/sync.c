@@ -58,7 +58,7 @@ co_fn void co_mutex_lock(struct co_mutex *m)
     assert(co_inside());
     waiters_push(&m->waiters, co_self());
     spin_unlock(&m->spin);
-    co_yield ();
+    co_yield();
     /* The one who unlocked left `held` true for us. */
 }
 
@@ -90,7 +90,7 @@ co_fn void co_queue_wait(struct co_queue *q, struct spin *guard)
     assert(co_inside());
     waiters_push(&q->waiters, co_self());
     spin_unlock(guard);
-    co_yield ();
+    co_yield();
     spin_lock(guard);
 }
 
@@ -118,7 +118,7 @@ static void rw_wait(struct co_rwlock *l, bool write)
     co_set_wants_write(co_self(), write);
     waiters_push(&l->queue.waiters, co_self());
     spin_unlock(&l->spin);
-    co_yield ();
+    co_yield();
     /* The one who released has counted us in. */
 }
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Waiting for each other. Everything here works between coroutines of different schedulers: a
  * waiter is woken through its own scheduler. State is guarded by a spinlock of a few instructions.
- * Waiters are served first in, first out. A zeroed object with SPIN_INIT is valid: use the _INIT. */
+ * Waiters are served first in, first out. A zeroed object with SPIN_INIT is valid: use the _INIT.
+ */
 #pragma once
 #include "base/spin.h"
 #include "co/co.h"
@@ -16,7 +17,13 @@ struct co_mutex {
     bool held;
     struct co_waiters waiters;
 };
-#define CO_MUTEX_INIT {SPIN_INIT, false, {NULL, NULL}}
+#define CO_MUTEX_INIT                                                                              \
+    {                                                                                              \
+        SPIN_INIT, false,                                                                          \
+        {                                                                                          \
+            NULL, NULL                                                                             \
+        }                                                                                          \
+    }
 co_fn void co_mutex_lock(struct co_mutex *m);
 bool co_mutex_trylock(struct co_mutex *m);
 void co_mutex_unlock(struct co_mutex *m);
@@ -40,7 +47,15 @@ struct co_rwlock {
     unsigned writers_waiting;
     struct co_queue queue;
 };
-#define CO_RWLOCK_INIT {SPIN_INIT, 0, false, 0, {{NULL, NULL}}}
+#define CO_RWLOCK_INIT                                                                             \
+    {                                                                                              \
+        SPIN_INIT, 0, false, 0,                                                                    \
+        {                                                                                          \
+            {                                                                                      \
+                NULL, NULL                                                                         \
+            }                                                                                      \
+        }                                                                                          \
+    }
 co_fn void co_rwlock_rdlock(struct co_rwlock *l);
 co_fn void co_rwlock_wrlock(struct co_rwlock *l);
 void co_rwlock_unlock(struct co_rwlock *l); /* either kind */
@@ -51,7 +66,15 @@ struct co_group {
     unsigned n;
     struct co_queue queue;
 };
-#define CO_GROUP_INIT {SPIN_INIT, 0, {{NULL, NULL}}}
+#define CO_GROUP_INIT                                                                              \
+    {                                                                                              \
+        SPIN_INIT, 0,                                                                              \
+        {                                                                                          \
+            {                                                                                      \
+                NULL, NULL                                                                         \
+            }                                                                                      \
+        }                                                                                          \
+    }
 void co_group_add(struct co_group *g, unsigned n);
 void co_group_done(struct co_group *g);
 co_fn void co_group_wait(struct co_group *g);

@@ -2,9 +2,10 @@
 /* blkdebug: a filter that fails requests on order.
  *
  * An *event* happens at fixed points of a request (read_aio, write_aio, pwritev, pwritev_zero,
- * pwritev_done, flush_to_disk; "none" happened before the first). It moves the state (set-state rules)
- * and arms the inject-error rules of that event and state. An armed rule fails the next request of its
- * iotype that touches its sector, once or for ever. State 0 in a rule stands for any state. */
+ * pwritev_done, flush_to_disk; "none" happened before the first). It moves the state (set-state
+ * rules) and arms the inject-error rules of that event and state. An armed rule fails the next
+ * request of its iotype that touches its sector, once or for ever. State 0 in a rule stands for any
+ * state. */
 #include <errno.h>
 #include <string.h>
 
@@ -85,7 +86,8 @@ static int load_inject(struct rule *r, const struct q_blkdebug_inject_error_opti
         .armed = o->event == Q_BLKDEBUG_EVENT_NONE,
     };
     if (r->errno_ <= 0 || r->errno_ > 4095)
-        return tide_fail(err, -EINVAL, "errno %d of inject-error is not an error number", r->errno_);
+        return tide_fail(err, -EINVAL, "errno %d of inject-error is not an error number",
+                         r->errno_);
     if (r->sector < -1 || r->sector > INT64_MAX / 512 - 1)
         return tide_fail(err, -EINVAL, "sector %lld of inject-error is out of range",
                          (long long)r->sector);
@@ -122,11 +124,13 @@ static int blkdebug_open(struct node *n, const struct q_blockdev_options *o, str
     s->lock = (struct spin)SPIN_INIT;
     s->state = 1;
     if (b->config)
+        return tide_fail(
+            err, -ENOTSUP,
+            "'config' files are not read: give the rules as inject-error and set-state");
+    if (b->has_max_transfer || b->has_opt_write_zero || b->has_max_write_zero ||
+        b->has_opt_discard || b->has_max_discard)
         return tide_fail(err, -ENOTSUP,
-                         "'config' files are not read: give the rules as inject-error and set-state");
-    if (b->has_max_transfer || b->has_opt_write_zero || b->has_max_write_zero || b->has_opt_discard ||
-        b->has_max_discard)
-        return tide_fail(err, -ENOTSUP, "blkdebug sets no limits but 'align': leave the others out");
+                         "blkdebug sets no limits but 'align': leave the others out");
     int r = node_open_child(n, "image", b->image, err);
     if (r < 0)
         return r;

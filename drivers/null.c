@@ -44,7 +44,8 @@ static co_fn void wait_latency(struct node *n)
         io_sleep(s->latency_ns);
 }
 
-static int null_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len)
+static int null_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                       uint64_t len)
 {
     wait_latency(n);
     for (int i = 0; i < niov; i++)
@@ -52,8 +53,8 @@ static int null_preadv(struct node *n, const struct iovec *iov, int niov, uint64
     return 0;
 }
 
-static int null_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off, uint64_t len,
-                        unsigned flags)
+static int null_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off,
+                        uint64_t len, unsigned flags)
 {
     wait_latency(n);
     return 0;
@@ -89,9 +90,9 @@ static uint64_t null_allocated(struct node *n)
     return 0;
 }
 
-#define NULL_OPS                                                                                         \
-    .state_size = sizeof(struct null), .close = null_close, .preadv = null_preadv,                       \
-    .pwritev = null_pwritev, .zero = null_zero, .discard = null_discard, .flush = null_flush,            \
+#define NULL_OPS                                                                                   \
+    .state_size = sizeof(struct null), .close = null_close, .preadv = null_preadv,                 \
+    .pwritev = null_pwritev, .zero = null_zero, .discard = null_discard, .flush = null_flush,      \
     .extent = null_extent, .allocated = null_allocated
 
 const struct driver_ops null_co_driver = {.name = "null-co", .open = null_co_open, NULL_OPS};

@@ -49,8 +49,8 @@ void event_emit(struct event_bus *bus, const char *name, json_t *data)
     int64_t wall = io_wall(bus->io);
     json_int_t s = wall < 0 ? -1 : wall / 1000000000;
     json_int_t us = wall < 0 ? -1 : wall % 1000000000 / 1000;
-    json_t *e = json_pack("{s:{s:I,s:I},s:s}", "timestamp", "seconds", s, "microseconds", us, "event",
-                          name);
+    json_t *e = json_pack("{s:{s:I,s:I},s:s}", "timestamp", "seconds", s, "microseconds", us,
+                          "event", name);
     if (!e || (data && json_object_set(e, "data", data) < 0)) {
         log_error("event", "%s lost: out of memory", name);
     } else {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Events: what the daemon tells every monitor. Control loop only.
  *
- * Names and members are those of the schema's event declarations. A transaction buffers the events of
- * its actions itself (txn/) and emits them here after its record. */
+ * Names and members are those of the schema's event declarations. A transaction buffers the events
+ * of its actions itself (txn/) and emits them here after its record. */
 #pragma once
 #include <jansson.h>
 #include <stdint.h>

@@ -1009,6 +1009,7 @@ static void no_coroutine_body(struct world *w)
         sleepers[i] = (struct sleeper){IO_EVENT_INIT, &ended, &n};
         CHECK_EQ(loop_run_now(sleep_main, &sleepers[i]), 0);
     }
+    mem_fail_after(1);
     request(s, NBD_CMD_CACHE, 0, 0, DISK, NULL, 0);
     while (mem_fail_after(1) == 0)
         loop_pause();

@@ -2,9 +2,9 @@
 /* The life of a backup job.
  *
  * backup_new() runs inside a transaction with source and target quiesced: what it freezes and hooks
- * then *is* the point in time. run() copies while guests go on, and flushes the target; only then may
- * the end (commit) let the bitmap forget (crash-safety R7). What the end does to the bitmap is the
- * table in section 7.2 of the QMP contract. */
+ * then *is* the point in time. run() copies while guests go on, and flushes the target; only then
+ * may the end (commit) let the bitmap forget (crash-safety R7). What the end does to the bitmap is
+ * the table in section 7.2 of the QMP contract. */
 #include "job/backup.h"
 
 #include <assert.h>
@@ -28,8 +28,8 @@ static int check_nodes(const struct backup_options *o, struct tide_error *err)
     if (node_reaches(o->source, o->target) || node_reaches(o->target, o->source))
         return tide_fail(err, -EINVAL, "nodes '%s' and '%s' stand on each other", src, dst);
     if (node_size(o->source) != node_size(o->target))
-        return tide_fail(err, -EINVAL, "sizes differ: source '%s' has %llu bytes, target '%s' %llu", src,
-                         (unsigned long long)node_size(o->source), dst,
+        return tide_fail(err, -EINVAL, "sizes differ: source '%s' has %llu bytes, target '%s' %llu",
+                         src, (unsigned long long)node_size(o->source), dst,
                          (unsigned long long)node_size(o->target));
     const char *writer = node_written_alone_by(o->source);
     if (writer)
@@ -236,8 +236,9 @@ static struct loop *pick_loop(struct backup *b)
     return io_loop(io, n > 1 ? 1 + sum % (n - 1) : 0);
 }
 
-/* n_running counts all of them before the first one starts: a spiller that runs ahead on its loop and
- * sees no worker would take the work for done, and what guest writes keep would never be written. */
+/* n_running counts all of them before the first one starts: a spiller that runs ahead on its loop
+ * and sees no worker would take the work for done, and what guest writes keep would never be
+ * written. */
 static int start_workers(struct backup *b)
 {
     struct loop *l = pick_loop(b);

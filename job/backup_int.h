@@ -6,10 +6,11 @@
  *   claimed   in a claim and `undone`: somebody is at it
  *   kept      in `spill` and `undone`: its old data lies in our memory
  *   done      in neither bitmap: on the target
- * A guest write that meets a granule that is not done first saves the old data in memory and goes on;
- * it never waits for the target. A claim of a worker does not stop it: it reads the old data itself
- * (the guest's write has not happened yet), and its kept copy is written after the worker's, whatever
- * that one read. A claim of another guest write is waited for: it only reads the source. */
+ * A guest write that meets a granule that is not done first saves the old data in memory and goes
+ * on; it never waits for the target. A claim of a worker does not stop it: it reads the old data
+ * itself (the guest's write has not happened yet), and its kept copy is written after the worker's,
+ * whatever that one read. A claim of another guest write is waited for: it only reads the source.
+ */
 #pragma once
 #include "bitmap/bitmap.h"
 #include "block/driver.h"
@@ -18,7 +19,7 @@
 #include "job/backup.h"
 
 #define BACKUP_GRANULE_MIN 65536u
-#define BACKUP_UNIT_MAX ((uint64_t)1 << 20) /* one admission */
+#define BACKUP_UNIT_MAX ((uint64_t)1 << 20)   /* one admission */
 #define BACKUP_SPILL_MAX ((uint64_t)64 << 20) /* memory for old data */
 #define BACKUP_SPILL_WAIT 5000000000u         /* how long a guest write may wait for some of it */
 #define BACKUP_MAX_WORKERS 64u
@@ -70,10 +71,10 @@ struct backup {
     TAILQ_HEAD(, starving) starving;
     struct co_queue claim_ended;
     _Atomic unsigned n_claims;
-    uint64_t cursor;      /* where workers look next */
-    uint64_t spill_bytes; /* in memory now */
-    uint64_t n_waits;     /* guest writes that had to wait for memory */
-    uint64_t budget_at;   /* rate limit: when the next byte may go */
+    uint64_t cursor;       /* where workers look next */
+    uint64_t spill_bytes;  /* in memory now */
+    uint64_t n_waits;      /* guest writes that had to wait for memory */
+    uint64_t budget_at;    /* rate limit: when the next byte may go */
     uint64_t budget_speed; /* the speed for which that was reckoned */
 
     _Atomic bool failed; /* stop: an error was reported */

@@ -146,7 +146,8 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
     if (backup_stopping(b))
         return;
     backup_break(b, r == -EAGAIN ? -ENOSPC : r,
-                 r == -EAGAIN ? "no memory left for old data" : "reading old data for a guest write");
+                 r == -EAGAIN ? "no memory left for old data"
+                              : "reading old data for a guest write");
 }
 
 /* One granule, before a guest write touches it. */
@@ -160,7 +161,8 @@ static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end, uin
     bool mine_to_do = c ? !kept_after(b, c, off) : bitmap_test(b->todo, off);
     if (mine_to_do) {
         atomic_fetch_add(&b->n_claims, 1);
-        TAILQ_INSERT_HEAD(&b->claims, &mine, link); /* before a worker's: claim_at() finds it first */
+        TAILQ_INSERT_HEAD(&b->claims, &mine,
+                          link); /* before a worker's: claim_at() finds it first */
     }
     spin_unlock(&b->lock);
     if (!mine_to_do)

@@ -116,8 +116,8 @@ static uint64_t unit_size(struct backup *b)
     return MIN(most, b->chunk);
 }
 
-/* The first run of `todo` in [from, end) that no guest write is just taking away: a guest claims first
- * and clears the bit afterwards. Caller holds the lock. */
+/* The first run of `todo` in [from, end) that no guest write is just taking away: a guest claims
+ * first and clears the bit afterwards. Caller holds the lock. */
 static bool free_run(struct backup *b, uint64_t from, uint64_t end, uint64_t *off, uint64_t *len)
 {
     struct claim *c;
@@ -146,7 +146,8 @@ static enum take take_unit(struct backup *b, struct claim *c)
         spin_unlock(&b->lock);
         return TAKE_LATER;
     }
-    bool found = free_run(b, b->cursor, b->size, &off, &len) || free_run(b, 0, b->cursor, &off, &len);
+    bool found =
+        free_run(b, b->cursor, b->size, &off, &len) || free_run(b, 0, b->cursor, &off, &len);
     if (found) {
         *c = (struct claim){.off = off, .end = off + MIN(len, unit_size(b))};
         b->cursor = c->end;
@@ -191,9 +192,9 @@ static void note_copied(struct backup *b, uint64_t off, uint64_t len)
     progress(b, len);
 }
 
-/* The unit is on the target. Granules whose old data a guest write has kept meanwhile are not ours any
- * more: the kept copy follows. From `ending` on guests that meet the claim wait, so that none keeps a
- * granule between our look and our note. */
+/* The unit is on the target. Granules whose old data a guest write has kept meanwhile are not ours
+ * any more: the kept copy follows. From `ending` on guests that meet the claim wait, so that none
+ * keeps a granule between our look and our note. */
 static void end_unit(struct backup *b, struct claim *c)
 {
     bool kept[BACKUP_UNIT_MAX / BACKUP_GRANULE_MIN];
@@ -270,8 +271,8 @@ static co_fn int copy_unit(struct backup *b, const struct claim *c, bool *read)
 }
 
 /* Copy a unit, again and again while the error policy says so. It stays claimed all the while: a
- * granule that went back to `todo` could be kept by a guest write and copied, newer, after that. Admitted
- * on call and on return. */
+ * granule that went back to `todo` could be kept by a guest write and copied, newer, after that.
+ * Admitted on call and on return. */
 static co_fn void do_unit(struct worker *w, struct claim *c)
 {
     struct backup *b = w->backup;

@@ -3,9 +3,9 @@
  *
  * job_main runs the work. When it is over, group_check() looks at the whole group:
  *   one failed or was cancelled   cancel the others; when all have ended, finish(abort)
- *   all have ended well           all are *pending*; unless one wants finalize by hand, finish(commit)
- * finish() is the transaction at the end: command lock, one quiesce, commit or abort of each member,
- * then nodes are released, then events leave. */
+ *   all have ended well           all are *pending*; unless one wants finalize by hand,
+ * finish(commit) finish() is the transaction at the end: command lock, one quiesce, commit or abort
+ * of each member, then nodes are released, then events leave. */
 #include "job/job.h"
 
 #include <assert.h>
@@ -27,19 +27,19 @@ struct jobs {
     struct graph *graph;
     struct event_bus *bus;
     struct job_list_head list; /* newest first */
-    struct co_queue changed; /* somebody waits for the end of a group */
+    struct co_queue changed;   /* somebody waits for the end of a group */
     struct spin changed_lock;
 };
 
 static const char *const status_names[] = {
-    [JOB_CREATED] = "created",   [JOB_RUNNING] = "running", [JOB_PAUSED] = "paused",
-    [JOB_READY] = "ready",       [JOB_STANDBY] = "standby", [JOB_WAITING] = "waiting",
-    [JOB_PENDING] = "pending",   [JOB_ABORTING] = "aborting",
-    [JOB_CONCLUDED] = "concluded", [JOB_NULL] = "null",
+    [JOB_CREATED] = "created", [JOB_RUNNING] = "running",   [JOB_PAUSED] = "paused",
+    [JOB_READY] = "ready",     [JOB_STANDBY] = "standby",   [JOB_WAITING] = "waiting",
+    [JOB_PENDING] = "pending", [JOB_ABORTING] = "aborting", [JOB_CONCLUDED] = "concluded",
+    [JOB_NULL] = "null",
 };
 
 static const char *const verb_names[] = {
-    [JOB_CANCEL] = "cancel",     [JOB_PAUSE] = "pause",       [JOB_RESUME] = "resume",
+    [JOB_CANCEL] = "cancel",       [JOB_PAUSE] = "pause",       [JOB_RESUME] = "resume",
     [JOB_SET_SPEED] = "set-speed", [JOB_COMPLETE] = "complete", [JOB_FINALIZE] = "finalize",
     [JOB_DISMISS] = "dismiss",
 };
@@ -116,14 +116,14 @@ static struct job *lookup(struct jobs *js, const char *id)
 
 static int check_id(struct jobs *js, const char *id, struct tide_error *err)
 {
-    static const char rest[] =
-        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._";
+    static const char rest[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._";
     if (!id || !id[0])
         return tide_fail(err, -EINVAL, "'job-id' is missing: a job needs one here");
     if (!strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", id[0]) ||
         id[strspn(id, rest)])
         return tide_fail(err, -EINVAL,
-                         "job id '%s' is not valid: a letter, then letters, digits, '-', '.', '_'", id);
+                         "job id '%s' is not valid: a letter, then letters, digits, '-', '.', '_'",
+                         id);
     if (lookup(js, id))
         return tide_fail(err, -EEXIST, "job id '%s' is in use already", id);
     return 0;
@@ -299,7 +299,8 @@ static co_fn void finish(struct job_group *g)
     g->decided = true;
     if (!ok)
         cancel_rest(g);
-    TAILQ_FOREACH_REVERSE (j, &g->members, job_list_head, in_group) {
+    TAILQ_FOREACH_REVERSE(j, &g->members, job_list_head, in_group)
+    {
         if (ok)
             j->ops->commit(j);
         else
@@ -348,8 +349,8 @@ static void group_pending(struct job_group *g)
     struct job *j;
     bool by_hand = false;
     g->pending = true;
-    TAILQ_FOREACH_REVERSE (j, &g->members, job_list_head, in_group)
-        set_status(j, JOB_PENDING);
+    TAILQ_FOREACH_REVERSE(j, &g->members, job_list_head, in_group)
+    set_status(j, JOB_PENDING);
     TAILQ_FOREACH (j, &g->members, in_group) {
         if (!j->auto_finalize) {
             by_hand = true;
@@ -470,9 +471,9 @@ int job_find(struct jobs *js, const char *id, bool block_class, struct job **out
     *out = lookup(js, id);
     if (*out)
         return 0;
-    return block_class
-               ? tide_fail_class(err, TIDE_DEVICE_NOT_ACTIVE, -ENOENT, "block job '%s' not found", id)
-               : tide_fail(err, -ENOENT, "job '%s' not found", id);
+    return block_class ? tide_fail_class(err, TIDE_DEVICE_NOT_ACTIVE, -ENOENT,
+                                         "block job '%s' not found", id)
+                       : tide_fail(err, -ENOENT, "job '%s' not found", id);
 }
 
 static int check_verb(struct job *j, enum job_verb v, struct tide_error *err)
@@ -517,7 +518,8 @@ static void do_resume(struct job *j)
     j->ops->kick(j);
 }
 
-int job_apply(struct job *j, enum job_verb verb, bool force, bool block_class, struct tide_error *err)
+int job_apply(struct job *j, enum job_verb verb, bool force, bool block_class,
+              struct tide_error *err)
 {
     if (verb == JOB_RESUME && !j->user_paused)
         return tide_fail(err, -EPERM, "job '%s' was not paused", j->id);
@@ -527,7 +529,8 @@ int job_apply(struct job *j, enum job_verb verb, bool force, bool block_class, s
     switch (verb) {
     case JOB_CANCEL:
         if (block_class && !force && j->user_paused)
-            return tide_fail(err, -EPERM, "job '%s' is paused: resume it or cancel with force", j->id);
+            return tide_fail(err, -EPERM, "job '%s' is paused: resume it or cancel with force",
+                             j->id);
         do_cancel(j);
         return 0;
     case JOB_PAUSE:
@@ -549,7 +552,8 @@ int job_apply(struct job *j, enum job_verb verb, bool force, bool block_class, s
 int job_set_speed(struct job *j, int64_t speed, struct tide_error *err)
 {
     if (speed < 0)
-        return tide_fail(err, -EINVAL, "'speed' is negative: give bytes a second, or 0 for no limit");
+        return tide_fail(err, -EINVAL,
+                         "'speed' is negative: give bytes a second, or 0 for no limit");
     int r = check_verb(j, JOB_SET_SPEED, err);
     if (r == 0) {
         atomic_store(&j->speed, (uint64_t)speed);
@@ -602,10 +606,10 @@ void jobs_cancel_all(struct jobs *js)
 
 static json_t *job_row(struct job *j)
 {
-    json_t *o = json_pack("{s:s,s:s,s:s,s:I,s:I}", "id", j->id, "type", j->ops->type, "status",
-                          status_names[j->status], "current-progress",
-                          (json_int_t)atomic_load(&j->current), "total-progress",
-                          (json_int_t)atomic_load(&j->total));
+    json_t *o =
+        json_pack("{s:s,s:s,s:s,s:I,s:I}", "id", j->id, "type", j->ops->type, "status",
+                  status_names[j->status], "current-progress", (json_int_t)atomic_load(&j->current),
+                  "total-progress", (json_int_t)atomic_load(&j->total));
     if (o && j->ended && j->ret < 0)
         json_object_set_new(o, "error", json_string(j->error));
     return o;
@@ -614,13 +618,13 @@ static json_t *job_row(struct job *j)
 static json_t *block_job_row(struct job *j)
 {
     bool paused = j->user_paused || j->status == JOB_PAUSED;
-    json_t *o = json_pack(
-        "{s:s,s:s,s:I,s:I,s:b,s:b,s:I,s:s,s:b,s:s,s:b,s:b}", "type", j->ops->type, "device", j->id,
-        "len", (json_int_t)atomic_load(&j->total), "offset", (json_int_t)atomic_load(&j->current),
-        "busy", j->status == JOB_RUNNING, "paused", paused, "speed",
-        (json_int_t)atomic_load(&j->speed), "io-status", io_status_names[j->io_status], "ready",
-        j->status == JOB_READY, "status", status_names[j->status], "auto-finalize", j->auto_finalize,
-        "auto-dismiss", j->auto_dismiss);
+    json_t *o = json_pack("{s:s,s:s,s:I,s:I,s:b,s:b,s:I,s:s,s:b,s:s,s:b,s:b}", "type", j->ops->type,
+                          "device", j->id, "len", (json_int_t)atomic_load(&j->total), "offset",
+                          (json_int_t)atomic_load(&j->current), "busy", j->status == JOB_RUNNING,
+                          "paused", paused, "speed", (json_int_t)atomic_load(&j->speed),
+                          "io-status", io_status_names[j->io_status], "ready",
+                          j->status == JOB_READY, "status", status_names[j->status],
+                          "auto-finalize", j->auto_finalize, "auto-dismiss", j->auto_dismiss);
     if (o && j->ended && j->ret < 0)
         json_object_set_new(o, "error", json_string(j->error));
     return o;

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Jobs: long work with progress, control and an end that is itself a transaction.
  *
- * States and verbs are QEMU's (qapi/job.json; contract sections 6.1 to 6.6). Every job is in a group:
- * alone, or with the others of a transaction that asked for completion-mode=grouped. The members of a
- * group end in one way at one instant (law L7): under the command lock and one quiesce over all their
- * nodes, every member commits or every member aborts; then events leave in order of creation.
+ * States and verbs are QEMU's (qapi/job.json; contract sections 6.1 to 6.6). Every job is in a
+ * group: alone, or with the others of a transaction that asked for completion-mode=grouped. The
+ * members of a group end in one way at one instant (law L7): under the command lock and one quiesce
+ * over all their nodes, every member commits or every member aborts; then events leave in order of
+ * creation.
  *
  * Everything here is control loop only. A job is made inside a transaction's prepare (job_init,
  * job_register), is *created* but silent until job_start(), and vanishes without a trace with
@@ -71,7 +72,7 @@ struct job_group {
     struct jobs *jobs;
     unsigned n, refs;
     bool pending, finalize, finishing, decided;
-    struct loop_msg again; /* begin_finish() could not get memory */
+    struct loop_msg again;                  /* begin_finish() could not get memory */
     TAILQ_HEAD(job_list_head, job) members; /* in order of creation */
 };
 
@@ -89,7 +90,7 @@ struct job {
     enum { JOB_IO_OK, JOB_IO_FAILED, JOB_IO_NOSPACE } io_status;
     int ret;
     char error[400];
-    struct io_event kick; /* of the run coroutine */
+    struct io_event kick;  /* of the run coroutine */
     struct loop_msg again; /* job_begin() could not get memory */
     TAILQ_ENTRY(job) link, in_group;
 };
@@ -138,7 +139,8 @@ enum job_on_error job_io_error(struct job *j, enum job_on_error policy, bool rea
 /* For commands. `block_class`: unknown jobs are DeviceNotActive, as block-job-* says. */
 int job_find(struct jobs *js, const char *id, bool block_class, struct job **out,
              struct tide_error *err);
-int job_apply(struct job *j, enum job_verb verb, bool force, bool block_class, struct tide_error *err);
+int job_apply(struct job *j, enum job_verb verb, bool force, bool block_class,
+              struct tide_error *err);
 int job_set_speed(struct job *j, int64_t speed, struct tide_error *err);
 /* Returns when the group has ended. */
 co_fn int job_finalize(struct job *j, struct tide_error *err);

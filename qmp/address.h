@@ -7,6 +7,7 @@ struct io_addr;
 struct q_socket_address;
 struct q_socket_address_legacy;
 
-int address_from_flat(const struct q_socket_address *q, struct io_addr *out, struct tide_error *err);
+int address_from_flat(const struct q_socket_address *q, struct io_addr *out,
+                      struct tide_error *err);
 int address_from_legacy(const struct q_socket_address_legacy *q, struct io_addr *out,
                         struct tide_error *err);

@@ -40,11 +40,10 @@ int qmp_blockdev_del(struct qmp_call *call, const struct q_blockdev_del *args, j
 static json_t *bitmap_row(const struct dirty_bitmap *b)
 {
     json_int_t granularity = (json_int_t)1 << bitmap_shift(b->bits);
-    json_t *o =
-        json_pack("{s:s,s:I,s:I,s:b,s:b,s:b,s:I}", "name", b->name, "count",
-                  (json_int_t)bitmap_count(b->bits) * granularity, "granularity", granularity,
-                  "recording", b->enabled, "busy", b->n_busy > 0, "persistent", b->persistent,
-                  "generation", (json_int_t)b->generation);
+    json_t *o = json_pack("{s:s,s:I,s:I,s:b,s:b,s:b,s:I}", "name", b->name, "count",
+                          (json_int_t)bitmap_count(b->bits) * granularity, "granularity",
+                          granularity, "recording", b->enabled, "busy", b->n_busy > 0, "persistent",
+                          b->persistent, "generation", (json_int_t)b->generation);
     if (o && b->inconsistent)
         json_object_set_new(o, "inconsistent", json_true());
     return o;
@@ -144,8 +143,7 @@ int qmp_query_block(struct qmp_call *call, const struct q_query_block *args, jso
     if (pairs && rows) {
         exports_each_writable(call->inst->exports, add_pair, pairs);
         json_array_foreach (pairs, i, pair) {
-            json_t *row = device_row(call->inst->graph,
-                                     json_string_value(json_array_get(pair, 0)),
+            json_t *row = device_row(call->inst->graph, json_string_value(json_array_get(pair, 0)),
                                      json_string_value(json_array_get(pair, 1)));
             if (row)
                 json_array_append_new(rows, row);

@@ -28,8 +28,8 @@ int qmp_qmp_capabilities(struct qmp_call *call, const struct q_qmp_capabilities 
 int qmp_query_version(struct qmp_call *call, const struct q_query_version *args, json_t **ret,
                       struct tide_error *err)
 {
-    *ret = json_pack("{s:{s:i,s:i,s:i},s:s}", "qemu", "major", QMP_MAJOR, "minor", QMP_MINOR, "micro",
-                     QMP_MICRO, "package", TIDEMARK_PACKAGE);
+    *ret = json_pack("{s:{s:i,s:i,s:i},s:s}", "qemu", "major", QMP_MAJOR, "minor", QMP_MINOR,
+                     "micro", QMP_MICRO, "package", TIDEMARK_PACKAGE);
     return *ret ? 0 : no_memory(err);
 }
 

@@ -29,10 +29,9 @@ int qmp_nbd_server_start(struct qmp_call *call, const struct q_nbd_server_start 
     if (r == 0)
         r = address_from_legacy(args->addr, &addr, err);
     if (r == 0)
-        r = nbd_server_start(call->inst->exports, &addr,
-                             args->has_max_connections ? args->max_connections
-                                                       : DEFAULT_MAX_CONNECTIONS,
-                             err);
+        r = nbd_server_start(
+            call->inst->exports, &addr,
+            args->has_max_connections ? args->max_connections : DEFAULT_MAX_CONNECTIONS, err);
     return r;
 }
 
@@ -75,8 +74,8 @@ int qmp_nbd_server_add(struct qmp_call *call, const struct q_nbd_server_add *arg
     return export_add(call->inst->exports, &o, err);
 }
 
-int qmp_nbd_server_remove(struct qmp_call *call, const struct q_nbd_server_remove *args, json_t **ret,
-                          struct tide_error *err)
+int qmp_nbd_server_remove(struct qmp_call *call, const struct q_nbd_server_remove *args,
+                          json_t **ret, struct tide_error *err)
 {
     bool hard = args->has_mode && args->mode == Q_BLOCK_EXPORT_REMOVE_MODE_HARD;
     return export_del_by_name(call->inst->exports, args->name, hard, err);

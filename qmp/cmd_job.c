@@ -18,11 +18,11 @@ static int apply(struct qmp_call *call, const char *id, enum job_verb verb, bool
     return r;
 }
 
-#define JOB_COMMAND(command, member, verb, force, block)                                                 \
-    int qmp_##command(struct qmp_call *call, const struct q_##command *args, json_t **ret,               \
-                      struct tide_error *err)                                                            \
-    {                                                                                                    \
-        return apply(call, args->member, verb, force, block, err);                                       \
+#define JOB_COMMAND(command, member, verb, force, block)                                           \
+    int qmp_##command(struct qmp_call *call, const struct q_##command *args, json_t **ret,         \
+                      struct tide_error *err)                                                      \
+    {                                                                                              \
+        return apply(call, args->member, verb, force, block, err);                                 \
     }
 
 JOB_COMMAND(job_pause, id, JOB_PAUSE, false, false)
@@ -33,7 +33,7 @@ JOB_COMMAND(job_finalize, id, JOB_FINALIZE, false, false)
 JOB_COMMAND(job_dismiss, id, JOB_DISMISS, false, false)
 JOB_COMMAND(block_job_pause, device, JOB_PAUSE, false, true)
 JOB_COMMAND(block_job_resume, device, JOB_RESUME, false, true)
-JOB_COMMAND(block_job_cancel, device, JOB_CANCEL, args->has_force &&args->force, true)
+JOB_COMMAND(block_job_cancel, device, JOB_CANCEL, args->has_force && args->force, true)
 JOB_COMMAND(block_job_complete, device, JOB_COMPLETE, false, true)
 JOB_COMMAND(block_job_finalize, id, JOB_FINALIZE, false, true)
 JOB_COMMAND(block_job_dismiss, id, JOB_DISMISS, false, true)

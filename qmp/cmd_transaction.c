@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The command `transaction`: hands the parsed list to txn/ and says in the error which action failed. */
+/* The command `transaction`: hands the parsed list to txn/ and says in the error which action
+ * failed. */
 #include <errno.h>
 
 #include "qmp/dispatch.h"
@@ -10,9 +11,8 @@ static void describe_failure(struct qmp_call *call, const struct action *a,
                              const struct txn_result *res)
 {
     if (res->failed >= 0)
-        call->error_data =
-            json_pack("{s:i,s:s,s:s,s:b}", "action", res->failed, "kind", a[res->failed].entry->kind,
-                      "phase", res->phase, "undone", 1);
+        call->error_data = json_pack("{s:i,s:s,s:s,s:b}", "action", res->failed, "kind",
+                                     a[res->failed].entry->kind, "phase", res->phase, "undone", 1);
 }
 
 int qmp_transaction(struct qmp_call *call, const struct q_transaction *args, json_t **ret,
@@ -28,8 +28,7 @@ int qmp_transaction(struct qmp_call *call, const struct q_transaction *args, jso
         a[i] = (struct action){&txn_actions[q->type], q->data, (unsigned)i};
     }
     if (args->properties && args->properties->has_completion_mode)
-        props.grouped =
-            args->properties->completion_mode == Q_ACTION_COMPLETION_MODE_GROUPED;
+        props.grouped = args->properties->completion_mode == Q_ACTION_COMPLETION_MODE_GROUPED;
     int r = txn_run(&call->inst->txn, a, args->n_actions, &props, &res, err);
     if (r < 0)
         describe_failure(call, a, &res);

@@ -10,4 +10,5 @@ struct q_object_options;
 
 co_fn int start_nbd_server(struct instance *inst, const struct q_nbd_server_options *o,
                            struct tide_error *err);
-co_fn int add_object(struct instance *inst, const struct q_object_options *o, struct tide_error *err);
+co_fn int add_object(struct instance *inst, const struct q_object_options *o,
+                     struct tide_error *err);

@@ -17,16 +17,16 @@ struct schema_type;
 /* One request being carried out. */
 struct qmp_call {
     struct instance *inst;
-    bool *negotiated;   /* of this monitor; qmp_capabilities sets it */
+    bool *negotiated; /* of this monitor; qmp_capabilities sets it */
     bool *oob;
     struct arena arena; /* parsed arguments; freed after the answer */
     json_t *error_data; /* goes into the error object; owned */
 };
 
 enum qmp_flag {
-    QMP_ACTION = 1,     /* run as a transaction of one */
-    QMP_QUERY = 2,      /* changes nothing; waits while effects of a list are not decided */
-    QMP_ANYTIME = 4,    /* neither waits for nor disturbs a transaction */
+    QMP_ACTION = 1,  /* run as a transaction of one */
+    QMP_QUERY = 2,   /* changes nothing; waits while effects of a list are not decided */
+    QMP_ANYTIME = 4, /* neither waits for nor disturbs a transaction */
     QMP_DEPRECATED = 8,
 };
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Monitors: QMP clients on sockets and on standard input. Any number of clients on one socket, each
- * with its own negotiation; events go to every negotiated one. A client whose answers and events pile
- * up beyond MONITOR_OUT_MAX is dropped. Control loop only. */
+ * with its own negotiation; events go to every negotiated one. A client whose answers and events
+ * pile up beyond MONITOR_OUT_MAX is dropped. Control loop only. */
 #pragma once
 #include <stdbool.h>
 

@@ -12,16 +12,16 @@
  *   struct   struct q_NAME; a member of struct, union or alternate type is a pointer;
  *   command  its arguments are struct q_COMMAND (with a dummy member if there are none);
  *   enum     enum q_NAME { Q_NAME_VALUE, ... } in declared order; q_NAME_names[] are the words;
- *   str      const char *; int -> int64_t, size/uint64 -> uint64_t, uint32 -> uint32_t, bool, number
+ *   str      const char *; int -> int64_t, size/uint64 -> uint64_t, uint32 -> uint32_t, bool,
+ * number
  *            -> double; any -> json_t * (borrowed from the request);
- *   optional strings, lists (n_X == 0 and X == NULL) and pointers are NULL when absent; a scalar X has
- *            a bool has_X; a declared default is filled in, with has_X false;
- *   list     size_t n_X; T *X (values of scalars, strings; structs by value);
- *   union    struct with the base members, the tag, and `union { struct q_UNION_BRANCH BRANCH; } u`
- *            (only the branch's own members); a *wrapped* union has const void *data instead, the
- *            branch's struct, parsed from member "data";
- *   alternate struct with `enum q_kind kind` (Q_KIND_STRING, Q_KIND_OBJECT, Q_KIND_NULL, ...) and
- *            `const char *string`, `const struct q_X *object`.
+ *   optional strings, lists (n_X == 0 and X == NULL) and pointers are NULL when absent; a scalar X
+ * has a bool has_X; a declared default is filled in, with has_X false; list     size_t n_X; T *X
+ * (values of scalars, strings; structs by value); union    struct with the base members, the tag,
+ * and `union { struct q_UNION_BRANCH BRANCH; } u` (only the branch's own members); a *wrapped*
+ * union has const void *data instead, the branch's struct, parsed from member "data"; alternate
+ * struct with `enum q_kind kind` (Q_KIND_STRING, Q_KIND_OBJECT, Q_KIND_NULL, ...) and `const char
+ * *string`, `const struct q_X *object`.
  *
  * Everything parsed lives in the arena given; strings borrow from nothing. No globals change. */
 #pragma once
@@ -46,7 +46,7 @@ int schema_parse(const struct schema_type *type, json_t *value, struct arena *a,
  * features, default: null for optional members. NULL: no memory. */
 json_t *schema_introspect(void);
 
-/* "driver=file,node-name=a,cache.direct=on" or a JSON object in text -> JSON object (new reference).
- * `implied` is the key of a first word without '=' ("type" in "nbd,id=e"), or NULL. ",," is a comma.
- * Lists are spelled "a.0=x,a.1=y". */
+/* "driver=file,node-name=a,cache.direct=on" or a JSON object in text -> JSON object (new
+ * reference). `implied` is the key of a first word without '=' ("type" in "nbd,id=e"), or NULL.
+ * ",," is a comma. Lists are spelled "a.0=x,a.1=y". */
 int keyval_parse(const char *text, const char *implied, json_t **out, struct tide_error *err);

@@ -50,12 +50,12 @@ static int check_bitmap_args(const struct q_blockdev_backup *args, struct tide_e
     const char *sync = q_mirror_sync_mode_names[args->sync];
     bool incremental = args->sync == Q_MIRROR_SYNC_MODE_INCREMENTAL;
     if ((incremental || args->sync == Q_MIRROR_SYNC_MODE_BITMAP) && !args->bitmap)
-        return tide_fail(err, -EINVAL, "sync=%s needs 'bitmap': the name of a bitmap on node '%s'", sync,
-                         args->device);
-    if (incremental && args->has_bitmap_mode &&
-        args->bitmap_mode != Q_BITMAP_SYNC_MODE_ON_SUCCESS)
-        return tide_fail(err, -EINVAL, "sync=incremental means bitmap-mode=on-success: leave bitmap-mode "
-                                       "out, or use sync=bitmap");
+        return tide_fail(err, -EINVAL, "sync=%s needs 'bitmap': the name of a bitmap on node '%s'",
+                         sync, args->device);
+    if (incremental && args->has_bitmap_mode && args->bitmap_mode != Q_BITMAP_SYNC_MODE_ON_SUCCESS)
+        return tide_fail(err, -EINVAL,
+                         "sync=incremental means bitmap-mode=on-success: leave bitmap-mode "
+                         "out, or use sync=bitmap");
     if (!args->bitmap && args->has_bitmap_mode)
         return tide_fail(err, -EINVAL, "'bitmap-mode' needs 'bitmap'");
     return 0;
@@ -66,14 +66,16 @@ static int check_bitmap_mode(const struct q_blockdev_backup *args, struct tide_e
 {
     const char *sync = q_mirror_sync_mode_names[args->sync];
     if (!args->has_bitmap_mode && args->sync != Q_MIRROR_SYNC_MODE_INCREMENTAL)
-        return tide_fail(err, -EINVAL, "'bitmap-mode' is missing: sync=%s with a bitmap needs it", sync);
+        return tide_fail(err, -EINVAL, "'bitmap-mode' is missing: sync=%s with a bitmap needs it",
+                         sync);
     if (args->sync == Q_MIRROR_SYNC_MODE_NONE)
-        return tide_fail(err, -EINVAL, "sync=none copies nothing that a bitmap could stand for: leave "
-                                       "'bitmap' out");
+        return tide_fail(err, -EINVAL,
+                         "sync=none copies nothing that a bitmap could stand for: leave "
+                         "'bitmap' out");
     if (args->bitmap_mode == Q_BITMAP_SYNC_MODE_NEVER && args->has_bitmap_mode &&
         args->sync != Q_MIRROR_SYNC_MODE_BITMAP)
-        return tide_fail(err, -EINVAL, "bitmap-mode=never means nothing with sync=%s: leave 'bitmap' out",
-                         sync);
+        return tide_fail(err, -EINVAL,
+                         "bitmap-mode=never means nothing with sync=%s: leave 'bitmap' out", sync);
     return 0;
 }
 
@@ -85,8 +87,8 @@ static int take_bitmap(const struct q_blockdev_backup *args, struct backup_optio
     int r = dirty_bitmap_find(o->source, args->bitmap, 0, &o->bitmap, err);
     if (r == 0)
         r = check_bitmap_mode(args, err);
-    o->bitmap_mode = args->has_bitmap_mode ? (enum backup_bitmap_mode)args->bitmap_mode
-                                           : BACKUP_ON_SUCCESS;
+    o->bitmap_mode =
+        args->has_bitmap_mode ? (enum backup_bitmap_mode)args->bitmap_mode : BACKUP_ON_SUCCESS;
     unsigned needs = BITMAP_NOT_BUSY | BITMAP_CONSISTENT;
     if (o->bitmap_mode != BACKUP_NEVER)
         needs |= BITMAP_WRITABLE;
@@ -131,8 +133,8 @@ static int take_sync(const struct q_blockdev_backup *args, struct backup_options
     }
 }
 
-static int make_options(struct txn *t, const struct q_blockdev_backup *args, struct backup_options *o,
-                        struct tide_error *err)
+static int make_options(struct txn *t, const struct q_blockdev_backup *args,
+                        struct backup_options *o, struct tide_error *err)
 {
     struct graph *g = txn_graph(t);
     int r = graph_find_err(g, args->device, &o->source, err);

@@ -2,9 +2,9 @@
 /* The engine: lock, quiesce, prepare in order, record; or unwind in reverse.
  *
  * Order (docs/transactions.md, "One transaction step by step"): command lock; nodes of the whole
- * list quiesced in one go; effects are hidden from queries from the first one on; every action in list
- * order; the record; discards, last first; jobs announced and started in list order; gates open; locks
- * go. What an unwind gives back is given back before anything is released. */
+ * list quiesced in one go; effects are hidden from queries from the first one on; every action in
+ * list order; the record; discards, last first; jobs announced and started in list order; gates
+ * open; locks go. What an unwind gives back is given back before anything is released. */
 #include "txn/txn.h"
 
 #include <assert.h>
@@ -90,7 +90,8 @@ void *txn_reserve(struct txn *t, const struct undo_ops *ops, size_t size, struct
 void txn_arm(struct txn *t, void *rec)
 {
     struct undo *u = undo_of(rec);
-    assert(SLIST_FIRST(&t->reserved) == u); /* records are armed in the reverse order of reserving */
+    assert(SLIST_FIRST(&t->reserved) ==
+           u); /* records are armed in the reverse order of reserving */
     SLIST_REMOVE_HEAD(&t->reserved, link);
     SLIST_INSERT_HEAD(&t->armed, u, link);
     t->height++;
@@ -201,8 +202,8 @@ static int write_record(struct txn *t)
     return 0;
 }
 
-static co_fn int prepare_all(struct txn *t, const struct action *a, size_t n, struct txn_result *res,
-                             struct tide_error *err)
+static co_fn int prepare_all(struct txn *t, const struct action *a, size_t n,
+                             struct txn_result *res, struct tide_error *err)
 {
     for (size_t i = 0; i < n; i++) {
         unsigned height = t->height;

@@ -2,9 +2,10 @@
 /* Transactions: an ordered list of actions, all or none.
  *
  * Each action takes effect when its turn comes and arms undo records for what it did; the next one
- * sees the new state. A failure unwinds, last effect first. After the last action one record decides;
- * what follows only forgets (discard), opens gates and tells. There is no hook in which an action
- * could have an effect at commit. A plain command is a list of one. docs/transactions.md has the laws.
+ * sees the new state. A failure unwinds, last effect first. After the last action one record
+ * decides; what follows only forgets (discard), opens gates and tells. There is no hook in which an
+ * action could have an effect at commit. A plain command is a list of one. docs/transactions.md has
+ * the laws.
  *
  * Control loop only. */
 #pragma once
@@ -31,14 +32,15 @@ struct action {
     unsigned index;
 };
 
-/* Which nodes an action touches; from its arguments alone. Nodes that do not exist (yet) are left to
- * prepare, which says so. */
+/* Which nodes an action touches; from its arguments alone. Nodes that do not exist (yet) are left
+ * to prepare, which says so. */
 struct footprint;
 void footprint_node(struct footprint *f, const char *name, enum quiesce_kind kind);
 
 struct action_ops {
     void (*footprint)(const struct action *a, struct footprint *f);
-    /* Check, take effect, arm. If it fails after arming parts, the engine unwinds those. May yield. */
+    /* Check, take effect, arm. If it fails after arming parts, the engine unwinds those. May yield.
+     */
     co_fn int (*prepare)(struct txn *t, const struct action *a, struct tide_error *err);
 };
 
@@ -50,8 +52,8 @@ struct action_entry {
 /* Generated from the schema, indexed by enum q_transaction_action_kind. */
 extern const struct action_entry txn_actions[];
 
-/* Undo records. Reserve before the effect, so that arming cannot fail; a record that was not armed is
- * forgotten. Neither function may fail, wait for a guest or send events. */
+/* Undo records. Reserve before the effect, so that arming cannot fail; a record that was not armed
+ * is forgotten. Neither function may fail, wait for a guest or send events. */
 struct undo_ops {
     co_fn void (*unwind)(void *rec);  /* back to the state before the effect */
     co_fn void (*discard)(void *rec); /* nothing observable; NULL: nothing to free */
@@ -76,9 +78,9 @@ struct txn_props {
 };
 
 struct txn_result {
-    int failed;          /* index of the action that failed, -1: none */
-    const char *phase;   /* "stage", "prepare", "record" when failed >= 0 */
-    uint64_t held_ns;    /* how long guests were held */
+    int failed;        /* index of the action that failed, -1: none */
+    const char *phase; /* "stage", "prepare", "record" when failed >= 0 */
+    uint64_t held_ns;  /* how long guests were held */
 };
 
 /* Run the list. 0, or what the first failure says, everything undone. */

