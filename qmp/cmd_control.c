@@ -76,12 +76,17 @@ int qmp_query_tpm(struct qmp_call *call, const struct q_query_tpm *args, json_t 
 int qmp_query_tidemark(struct qmp_call *call, const struct q_query_tidemark *args, json_t **ret,
                        struct tide_error *err)
 {
-    const char *engine = io_engine_name(call->inst->io);
-    *ret = json_pack("{s:s,s:s,s:i,s:[]}", "version", TIDEMARK_VERSION, "engine", engine, "loops",
-                     (int)io_n_loops(call->inst->io), "libraries");
-    if (*ret && !strcmp(engine, "io_uring"))
-        json_array_append_new(json_object_get(*ret, "libraries"), json_string("liburing"));
-    return *ret ? 0 : no_memory(err);
+    *ret = json_pack("{s:s,s:s,s:i,s:[o,s]}", "version", TIDEMARK_VERSION, "engine",
+                     io_engine_name(call->inst->io), "loops", (int)io_n_loops(call->inst->io),
+                     "libraries", json_sprintf("jansson %s", jansson_version_str()),
+                     "nettle " NETTLE_VERSION);
+    if (!*ret)
+        return no_memory(err);
+#ifdef LIBURING_VERSION
+    json_array_append_new(json_object_get(*ret, "libraries"),
+                          json_string("liburing " LIBURING_VERSION));
+#endif
+    return 0;
 }
 
 int qmp_quit(struct qmp_call *call, const struct q_quit *args, json_t **ret, struct tide_error *err)

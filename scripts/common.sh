@@ -41,7 +41,8 @@ build() {
   shift
   log=$dir.log
   if [ ! -f "$dir/build.ninja" ]; then
-    meson setup "$dir" "$root" "$@" >"$log" 2>&1 || { cat "$log" >&2; die "cannot configure $dir"; }
+    # Debian's python3, also where another one comes first on PATH.
+    PATH="/usr/bin:/bin:$PATH" meson setup "$dir" "$root" "$@" >"$log" 2>&1 || { cat "$log" >&2; die "cannot configure $dir"; }
   fi
   ninja -C "$dir" >"$log" 2>&1 || { grep -vE '^\[[0-9]+/' "$log" | tail -60 >&2; die "cannot build $dir"; }
   rm -f "$log"
