@@ -247,7 +247,10 @@ static int file_pwritev(struct node *n, const struct iovec *iov, int niov, uint6
 static int file_zero(struct node *n, uint64_t off, uint64_t len, unsigned flags)
 {
     struct file *s = n->state;
-    int r = io_zero(s->f, off, len, flags & NODE_UNMAP ? IO_ZERO_PUNCH : IO_ZERO_KEEP);
+    bool fast = flags & NODE_FAST_ZERO;
+    enum io_alloc how = flags & NODE_UNMAP ? (fast ? IO_ZERO_PUNCH_FAST : IO_ZERO_PUNCH)
+                                           : (fast ? IO_ZERO_KEEP_FAST : IO_ZERO_KEEP);
+    int r = io_zero(s->f, off, len, how);
     if (r == 0 && (flags & NODE_FUA) && !n->no_flush)
         r = io_fsync(s->f);
     return r;

@@ -381,8 +381,8 @@ static int check_bitmap(const struct export *e, const struct dirty_bitmap *b, st
     return 0;
 }
 
-/* A bare name is looked up on the exported node, then on what it shows unchanged (a raw node's file).
- * The error speaks of the exported one. */
+/* A bare name is looked up on the exported node, then on what it shows unchanged (a raw node's
+ * file). The error speaks of the exported one. */
 static int find_by_name(struct node *n, const char *name, unsigned needs, struct dirty_bitmap **out,
                         struct tide_error *err)
 {

@@ -16,15 +16,16 @@ struct q_block_export_options;
 
 int exports_new(struct graph *g, struct event_bus *bus, struct exports **out);
 void exports_free(struct exports *x); /* closed */
-/* The daemon is up: from now on NBD clients are served; until then they wait in the backlog, so that
- * none misses an export that the command line is about to add. */
+/* The daemon is up: from now on NBD clients are served; until then they wait in the backlog, so
+ * that none misses an export that the command line is about to add. */
 void exports_open(struct exports *x);
 
-/* nbd-server-start: listen on `addr` (its port is filled in). max_connections 0 = no limit. One at a
- * time: -EEXIST. */
+/* nbd-server-start: listen on `addr` (its port is filled in). max_connections 0 = no limit. One at
+ * a time: -EEXIST. */
 co_fn int nbd_server_start(struct exports *x, struct io_addr *addr, unsigned max_connections,
                            struct tide_error *err);
-/* Closes the listener and every NBD export, hard: BLOCK_EXPORT_DELETED for each. -ENOENT: none runs. */
+/* Closes the listener and every NBD export, hard: BLOCK_EXPORT_DELETED for each. -ENOENT: none
+ * runs. */
 co_fn int nbd_server_stop(struct exports *x, struct tide_error *err);
 bool nbd_server_running(struct exports *x);
 
@@ -35,11 +36,12 @@ co_fn int export_add(struct exports *x, const struct q_block_export_options *opt
  * export is really gone, maybe later than the return. */
 co_fn int export_del(struct exports *x, const char *id, bool hard, struct tide_error *err);
 /* nbd-server-remove: by NBD export name. */
-co_fn int export_del_by_name(struct exports *x, const char *name, bool hard, struct tide_error *err);
+co_fn int export_del_by_name(struct exports *x, const char *name, bool hard,
+                             struct tide_error *err);
 json_t *exports_query(struct exports *x); /* query-block-exports: newest first */
 /* Writable exports, newest first: fn(arg, id, node name). For query-block. */
-void exports_each_writable(struct exports *x, void (*fn)(void *arg, const char *id, const char *node),
-                           void *arg);
+void exports_each_writable(struct exports *x,
+                           void (*fn)(void *arg, const char *id, const char *node), void *arg);
 /* Shutdown: hard for every export, waits until they are gone; listener closed. */
 co_fn void exports_close_all(struct exports *x);
 

@@ -414,7 +414,8 @@ int io_uring_new(unsigned n_loops, struct io **out, struct tide_error *err)
         r = make_loop(io->io.loops[i]);
     if (r < 0) {
         real_free(&io->io);
-        return tide_fail(err, r, "the engine io_uring is not to be had here: %s; use 'portable' or 'auto'",
+        return tide_fail(err, r,
+                         "the engine io_uring is not to be had here: %s; use 'portable' or 'auto'",
                          tide_strerror(-r));
     }
     *out = &io->io;

@@ -60,7 +60,7 @@ co_fn int io_event_wait(struct io_event *e, uint64_t deadline)
     }
     if (deadline != IO_FOREVER)
         loop_timer_arm(l, &timer);
-    co_yield ();
+    co_yield();
     loop_timer_disarm(l, &timer);
     e->timer = NULL;
     /* Timed out, and set before we came to run: the set counts, or it would be told too late. */

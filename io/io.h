@@ -7,9 +7,9 @@
  *   portable   epoll and a pool of threads; chosen by itself where io_uring is forbidden;
  *   simulator  one thread, one seed: order, disk, network, clock and power are made up (io/sim.h).
  *
- * A `struct io` owns `n_loops` loops. Loop 0 is the control loop. In the real engines each loop is a
- * thread (loop 0 is the thread that calls io_run); in the simulator all share one thread. Core code
- * makes no threads and blocks on no lock; it runs in coroutines on loops.
+ * A `struct io` owns `n_loops` loops. Loop 0 is the control loop. In the real engines each loop is
+ * a thread (loop 0 is the thread that calls io_run); in the simulator all share one thread. Core
+ * code makes no threads and blocks on no lock; it runs in coroutines on loops.
  *
  * Unless said otherwise a function here may yield (co_fn), is called from a coroutine on a loop of
  * the `struct io`, returns >= 0 or -errno, and borrows its arguments until it returns. */
@@ -89,8 +89,8 @@ co_fn void loop_pause(void);
 
 /* ------------------------------------------------------------------ time and chance */
 
-uint64_t io_now(struct io *io);       /* monotonic ns; never a co_fn; any loop */
-int64_t io_wall(struct io *io);       /* real time, ns since 1970; -1 when it cannot be read */
+uint64_t io_now(struct io *io); /* monotonic ns; never a co_fn; any loop */
+int64_t io_wall(struct io *io); /* real time, ns since 1970; -1 when it cannot be read */
 void io_random(struct io *io, void *buf, size_t len); /* good enough for unique ids and salts */
 int io_pid(struct io *io);
 
@@ -103,7 +103,10 @@ struct io_event {
     struct loop *loop;
     struct io_timer *timer;
 };
-#define IO_EVENT_INIT {0, NULL, NULL, NULL}
+#define IO_EVENT_INIT                                                                              \
+    {                                                                                              \
+        0, NULL, NULL, NULL                                                                        \
+    }
 /* 0: the event was set (and is clear again); -ETIME: `deadline` (io_now ns) passed first. */
 co_fn int io_event_wait(struct io_event *e, uint64_t deadline);
 /* Any thread, any time while the event lives; never waits. The waiter may free `e` once its wait
@@ -119,7 +122,7 @@ struct io_stat {
     uint64_t dev, ino;
     uint32_t mode; /* S_IFREG, ... */
     uint32_t nlink;
-    uint32_t align;     /* smallest unit and alignment of direct I/O here; 1 when not direct */
+    uint32_t align; /* smallest unit and alignment of direct I/O here; 1 when not direct */
     int64_t mtime_ns, ctime_ns;
 };
 
@@ -152,7 +155,8 @@ co_fn int io_truncate(struct io_file *f, uint64_t size);
  * Beyond the end of the file is a hole without end. What another process punches may be called data
  * for a second more; what anybody writes is never called a hole. */
 co_fn int io_extent(struct io_file *f, uint64_t off, uint64_t *len, bool *data);
-/* Copy inside the kernel. Returns bytes copied (may be short), -EOPNOTSUPP/-EXDEV/-EINVAL: cannot. */
+/* Copy inside the kernel. Returns bytes copied (may be short), -EOPNOTSUPP/-EXDEV/-EINVAL: cannot.
+ */
 co_fn ssize_t io_copy_range(struct io_file *src, uint64_t src_off, struct io_file *dst,
                             uint64_t dst_off, uint64_t len);
 
@@ -178,7 +182,7 @@ void io_buf_put(void *buf, size_t len);
 
 struct io_addr {
     enum { IO_ADDR_UNIX, IO_ADDR_TCP, IO_ADDR_FD } type;
-    char path[108]; /* UNIX; may start with '@' for the abstract name space */
+    char path[108];           /* UNIX; may start with '@' for the abstract name space */
     char host[256], port[32]; /* TCP: name or number; "0" = any free port */
     bool ipv4, ipv6;          /* both false: both */
     int fd;                   /* IO_ADDR_FD: an inherited descriptor */

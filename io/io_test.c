@@ -1042,7 +1042,7 @@ static void direct_pool_body(struct io *io)
 
 /* ------------------------------------------------------------------ looking for holes */
 
-struct look {
+struct look_try {
     struct io_file *file;
     uint64_t off, len;
     bool data, ended;
@@ -1051,20 +1051,70 @@ struct look {
 
 static void look_main(void *arg)
 {
-    struct look *k = arg;
+    struct look_try *k = arg;
     CHECK_EQ(io_extent(k->file, k->off, &k->len, &k->data), 0);
     k->ended = true;
     io_event_set(&k->done);
 }
 
 /* Looks; returns whether it was answered without leaving the loop. */
-static bool look_at(struct look *k, struct io_file *f, uint64_t off, uint64_t len)
+static bool look_at(struct look_try *k, struct io_file *f, uint64_t off, uint64_t len)
 {
-    *k = (struct look){.file = f, .off = off, .len = len, .done = IO_EVENT_INIT};
+    *k = (struct look_try){.file = f, .off = off, .len = len, .done = IO_EVENT_INIT};
     CHECK_EQ(loop_run_now(look_main, k), 0);
     bool at_once = k->ended;
     CHECK_EQ(io_event_wait(&k->done, soon(loop_io(loop_self()))), 0);
     return at_once;
+}
+
+static void scan_main(void *arg)
+{
+    enum { BLOCK_LEN = 65536 };
+    struct look_try *k = arg;
+    struct loop *l = loop_self();
+    uint64_t turns = 0, len;
+    bool data;
+    for (uint64_t off = 0; off < k->len; off += len) {
+        uint64_t turn = loop_turn_number(l);
+        len = k->len - off;
+        CHECK_EQ(io_extent(k->file, off, &len, &data), 0);
+        CHECK_EQ(len, off + BLOCK_LEN == k->len && !data ? k->len - off : BLOCK_LEN);
+        CHECK(data == (off / BLOCK_LEN % 2 == 0));
+        turns += loop_turn_number(l) != turn;
+    }
+    CHECK(turns < k->len / BLOCK_LEN / 8); /* one look told of many */
+    /* What we write ourselves is no hole any more. */
+    char c = 'x';
+    struct iovec v = {&c, 1};
+    len = BLOCK_LEN;
+    CHECK_EQ(io_extent(k->file, BLOCK_LEN, &len, &data), 0);
+    CHECK(!data);
+    CHECK_EQ(io_pwritev(k->file, &v, 1, 3 * BLOCK_LEN, 0), 1);
+    CHECK_EQ(io_extent(k->file, 3 * BLOCK_LEN, &len, &data), 0);
+    CHECK(data);
+    io_event_set(&k->done);
+}
+
+/* A map of many pieces costs a look for many of them, as long as it is one request's. */
+static void scan_body(struct io *io)
+{
+    enum { N = 100, BLOCK_LEN = 65536 };
+    struct io_file *f = open_new("extent", 0);
+    static char block[BLOCK_LEN] = "x";
+    struct iovec v = {block, sizeof block};
+    struct look_try k = {.file = f, .len = 2ull * N * BLOCK_LEN, .done = IO_EVENT_INIT};
+    uint64_t len = BLOCK_LEN;
+    bool data;
+    CHECK_EQ(io_truncate(f, 0), 0);
+    CHECK_EQ(io_truncate(f, k.len), 0);
+    for (unsigned i = 0; i < N; i++)
+        CHECK_EQ(io_pwritev(f, &v, 1, 2ull * i * BLOCK_LEN, 0), BLOCK_LEN);
+    CHECK_EQ(io_extent(f, BLOCK_LEN, &len, &data), 0);
+    if (!data) { /* else a file system that knows no holes */
+        CHECK_EQ(loop_run_now(scan_main, &k), 0);
+        CHECK_EQ(io_event_wait(&k.done, soon(io)), 0);
+    }
+    io_close(f);
 }
 
 /* The kernel's lock of the inode may be held by a writer, so nobody waits for it on a loop. Data is
@@ -1074,7 +1124,7 @@ static void extent_body(struct io *io)
     struct io_file *f = open_new("extent", 0), *g;
     static char block[65536] = "x";
     struct iovec v = {block, sizeof block};
-    struct look k;
+    struct look_try k;
     CHECK_EQ(io_open(in_dir("extent"), O_RDWR, 0, &g), 0);
     CHECK_EQ(io_truncate(f, 8 * MIB), 0);
     CHECK_EQ(io_pwritev(f, &v, 1, MIB, 0), sizeof block);
@@ -1688,6 +1738,7 @@ ON_BOTH(many_at_once)
 ON_BOTH(large_read)
 ON_BOTH(direct_pool)
 ON_BOTH(extent)
+ON_BOTH(scan)
 ON_BOTH(spin_learns)
 ON_BOTH(echo_unix)
 ON_BOTH(echo_tcp)
@@ -1760,6 +1811,7 @@ int main(int argc, char **argv)
         BOTH(large_read),
         BOTH(direct_pool),
         BOTH(extent),
+        BOTH(scan),
         BOTH(spin_learns),
         BOTH(echo_unix),
         BOTH(echo_tcp),

@@ -216,6 +216,13 @@ bool loop_turn(struct loop *l)
 
 /* ------------------------------------------------------------------ starting things */
 
+/* A new coroutine of this loop; NULL: no memory. */
+static struct co *start(void (*fn)(void *), void *arg)
+{
+    current_loop->n_started++;
+    return co_new(&current_loop->sched, fn, arg);
+}
+
 struct spawn {
     struct loop_msg msg; /* first */
     void (*fn)(void *);
@@ -225,7 +232,7 @@ struct spawn {
 static void spawn_here(struct loop_msg *m)
 {
     struct spawn *s = (struct spawn *)m;
-    struct co *c = co_new(&current_loop->sched, s->fn, s->arg);
+    struct co *c = start(s->fn, s->arg);
     if (!c) {
         /* The sender was told that it will run. Memory for a stack comes back when another
          * coroutine ends; try in every turn until then. */
@@ -239,7 +246,7 @@ static void spawn_here(struct loop_msg *m)
 int loop_spawn(struct loop *l, void (*fn)(void *), void *arg)
 {
     if (l == current_loop) {
-        struct co *c = co_new(&l->sched, fn, arg);
+        struct co *c = start(fn, arg);
         if (!c)
             return -ENOMEM;
         run_queue_push(l, c);
@@ -256,7 +263,7 @@ int loop_spawn(struct loop *l, void (*fn)(void *), void *arg)
 int loop_run_now(void (*fn)(void *), void *arg)
 {
     assert(current_loop);
-    struct co *c = co_new(&current_loop->sched, fn, arg);
+    struct co *c = start(fn, arg);
     if (!c)
         return -ENOMEM;
     co_enter(c);
@@ -285,7 +292,7 @@ co_fn void loop_call(struct loop *l, void (*fn)(void *), void *arg)
     }
     struct call c = {.msg.fn = call_here, .fn = fn, .arg = arg, .caller = co_self()};
     loop_post(l, &c.msg);
-    co_yield ();
+    co_yield();
 }
 
 /* One message visits all loops in turn: no memory is needed, so a grace round cannot fail. */
@@ -309,13 +316,13 @@ co_fn void io_grace(struct io *io)
 {
     struct grace g = {.msg.fn = grace_hop, .io = io, .next = 0, .caller = co_self()};
     loop_post(io->loops[0], &g.msg);
-    co_yield ();
+    co_yield();
 }
 
 co_fn void loop_pause(void)
 {
     co_wake(co_self());
-    co_yield ();
+    co_yield();
 }
 
 /* ------------------------------------------------------------------ timers */

@@ -19,6 +19,22 @@ struct real_file;
 struct real_sock;
 struct pool_op;
 
+/* Where data and holes lie, from edge[0] on: what lies between two edges is the other of what lies
+ * between the next two. */
+enum { LOOK_EDGES = 32 };
+struct look {
+    unsigned n, room; /* edges: how many, at most */
+    bool data;        /* behind the first */
+    uint64_t edge[LOOK_EDGES];
+};
+/* The last one on this loop, and who looked, in which turn. */
+struct last_look {
+    struct look look;
+    struct inode *inode;
+    struct co *co;
+    uint64_t turn, n_started;
+};
+
 /* First member of an engine's state of one loop (loop->engine). Own thread only. */
 struct real_loop {
     unsigned waits;      /* directions of sockets that somebody waits for */
@@ -26,6 +42,7 @@ struct real_loop {
     uint64_t spin_ns[2]; /* how long to look before sleeping: without and with such requests */
     uint64_t load_at;    /* when the machine's load is read next */
     bool machine_busy;   /* more runnable threads than CPUs */
+    struct last_look last_look;
 };
 
 struct real_io;
@@ -134,11 +151,12 @@ struct pool_op {
     unsigned flags, mode;
     const struct iovec *iov;
     int n;
-    bool write, test, data;
+    bool write, test;
     uint64_t off, off2, len;
     enum io_alloc alloc;
     enum io_lock lock;
     struct io_stat *stat;
+    struct look *look;
     struct io_addr *addr;
     struct tide_error *err;
 };

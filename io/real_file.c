@@ -15,8 +15,9 @@
  *
  * Extents: looking for holes waits for the kernel's lock of the inode, which a writer (of any
  * process) may hold for seconds. So it is done in the pool, and data that was found is remembered
- * for a second, until we zero or cut something: at worst zeroes are read as data. Holes are not
- * remembered, for a hole that somebody has filled meanwhile would be a lie.
+ * for a second, until we zero or cut something: at worst zeroes are read as data. Holes are
+ * remembered for the request alone that looked, for a hole that somebody has filled meanwhile would
+ * be a lie.
  *
  * Everything that changes names, sizes or allocation is done in the pool. */
 #include <assert.h>
@@ -574,6 +575,14 @@ static co_fn void role_do(struct inode *ino, struct role_req *q)
 
 /* ------------------------------------------------------------------ writes */
 
+/* What we write may fill a hole that this coroutine has seen. */
+static void forget_look(const struct inode *ino)
+{
+    struct last_look *last = &((struct real_loop *)loop_self()->engine)->last_look;
+    if (last->inode == ino)
+        last->inode = NULL;
+}
+
 /* RWF_DSYNC is for direct files only. On a buffered one it may meet the error of another request's
  * page, which the kernel reports once: only our own syncs, whose errors stay, may take it. */
 static co_fn ssize_t write_durable(struct real_file *f, const struct iovec *iov, int n,
@@ -594,6 +603,7 @@ co_fn ssize_t real_pwritev(struct io_file *file, const struct iovec *iov, int n,
     struct real_file *f = file_of(file);
     struct inode *ino = f->inode;
     size_t total = iov_bytes(iov, n);
+    forget_look(ino);
     if (off > INT64_MAX || total > INT64_MAX - off)
         return -EINVAL;
     if (flags & IO_DSYNC)
@@ -725,40 +735,68 @@ static unsigned count_cuts(struct inode *ino)
     return n;
 }
 
-/* In: off and len. Out: len and `data`. */
+/* The next edge at or behind `pos`, where a hole ends or data does; UINT64_MAX: there is none. */
+static int next_edge(struct real_file *f, uint64_t pos, bool data, uint64_t *at)
+{
+    off_t r = lseek(f->fd, pos, data ? SEEK_HOLE : SEEK_DATA);
+    *at = r < 0 ? UINT64_MAX : (uint64_t)r;
+    return r >= 0 || errno == ENXIO ? 0 : -errno;
+}
+
+/* Fills op->look, as far as `len` reaches or there is room. */
 ssize_t file_do_extent(struct pool_op *op)
 {
     struct real_file *f = op->file;
-    uint64_t now = real_now(f->file.io);
+    struct look *k = op->look;
+    uint64_t now = real_now(f->file.io), pos = op->off, at;
+    uint64_t end = pos + MIN(op->len, INT64_MAX - pos);
     unsigned n_cuts = count_cuts(f->inode);
-    off_t start = lseek(f->fd, op->off, SEEK_DATA);
-    op->data = start == (off_t)op->off;
-    if (start < 0 && errno == ENXIO) /* no data from here on */
-        return 0;
-    if (start < 0) {
-        op->data = true;
-        return errno == EINVAL || errno == EOPNOTSUPP ? 0 : -errno; /* cannot tell: data */
+    k->edge[0] = pos;
+    k->n = 1;
+    int r = next_edge(f, pos, false, &at);
+    k->data = r < 0 || at == pos; /* who cannot tell has data */
+    bool data = k->data;
+    if (data && r == 0)
+        r = next_edge(f, pos, true, &at);
+    while (r == 0 && at > pos) { /* else it was cut between two calls */
+        if (data)
+            remember_data(f->inode, pos, at, n_cuts, now);
+        k->edge[k->n++] = pos = at;
+        data = !data;
+        if (k->n == k->room || pos >= end)
+            break;
+        r = next_edge(f, pos, data, &at);
     }
-    if ((uint64_t)start - op->off >= op->len)
-        return 0;
-    /* Who asks for a hole asks next for the data behind it. */
-    off_t end = lseek(f->fd, start, SEEK_HOLE);
-    if (!op->data)
-        op->len = start - op->off;
-    if (end < 0)
-        return op->data && errno != ENXIO ? -errno : 0;
-    if (end > start) { /* else it was cut between the two calls; "data" stays true enough */
-        remember_data(f->inode, start, end, n_cuts, now);
-        if (op->data)
-            op->len = MIN(op->len, (uint64_t)end - op->off);
-    }
-    return 0;
+    return k->n > 1 || r == -EINVAL || r == -EOPNOTSUPP ? 0 : r;
+}
+
+/* False: `off` lies outside. */
+static bool look_answers(const struct look *k, uint64_t off, uint64_t *len, bool *data)
+{
+    for (unsigned i = 0; i + 1 < k->n; i++)
+        if (k->edge[i] <= off && off < k->edge[i + 1]) {
+            *data = k->data ^ (i & 1);
+            *len = MIN(*len, k->edge[i + 1] - off);
+            return true;
+        }
+    return false;
+}
+
+/* Has nobody else run on this loop since this coroutine looked? Then the request that it looked for
+ * goes on, and what was so at some time of it may be answered, holes too. */
+static bool still_looking(struct loop *l, const struct inode *ino)
+{
+    const struct last_look *last = &((struct real_loop *)l->engine)->last_look;
+    return last->inode == ino && last->co == co_self() && last->turn == loop_turn_number(l) &&
+           last->n_started == l->n_started;
 }
 
 co_fn int real_extent(struct io_file *file, uint64_t off, uint64_t *len, bool *data)
 {
     struct real_file *f = file_of(file);
-    struct real_loop *rl = loop_self()->engine;
+    struct loop *l = loop_self();
+    struct real_loop *rl = l->engine;
+    struct look k = {.room = 3}; /* who asks for a hole asks next for the data behind it */
     uint64_t end;
     if (off > INT64_MAX)
         return -EINVAL;
@@ -769,16 +807,23 @@ co_fn int real_extent(struct io_file *file, uint64_t off, uint64_t *len, bool *d
         *len = MIN(*len, end - off);
         return 0;
     }
+    if (still_looking(l, f->inode)) {
+        if (look_answers(&rl->last_look.look, off, len, data))
+            return 0;
+        k.room = MIN(2 * rl->last_look.look.room, LOOK_EDGES); /* it reads the whole map */
+    }
     struct pool_op op = file_op(f, POOL_EXTENT);
     op.class = POOL_LOOK;
     op.off = off;
     op.len = *len;
+    op.look = &k;
     rl->requests++;
     int r = pool_run(op.io->pool, &op);
     rl->requests--;
-    *data = op.data;
-    *len = op.len;
-    return r;
+    if (r < 0 || !look_answers(&k, off, len, data))
+        return r;
+    rl->last_look = (struct last_look){k, f->inode, co_self(), loop_turn_number(l), l->n_started};
+    return 0;
 }
 
 /* ------------------------------------------------------------------ allocation and size */

@@ -200,7 +200,7 @@ int64_t sim_op_run(struct sim *s, struct sim_op *op)
     else
         op->not_before += stall;
     list_add(s, op);
-    co_yield ();
+    co_yield();
     return op->result;
 }
 

@@ -20,6 +20,7 @@
 
 #define BACKUP_GRANULE_MIN 65536u
 #define BACKUP_UNIT_MAX ((uint64_t)1 << 20)   /* one admission */
+#define BACKUP_HOLE_MAX ((uint64_t)64 << 20)  /* what is known to be a hole, in one claim */
 #define BACKUP_SPILL_MAX ((uint64_t)64 << 20) /* memory for old data */
 #define BACKUP_SPILL_WAIT 5000000000u         /* how long a guest write may wait for some of it */
 #define BACKUP_MAX_WORKERS 64u
@@ -27,6 +28,7 @@
 struct claim {
     uint64_t off, end;
     bool by_guest;
+    bool hole;   /* a worker's: known to read as zero, may be longer than a unit */
     bool ending; /* a worker's, about to end: its outcome is being noted, guests wait that long */
     TAILQ_ENTRY(claim) link;
 };
@@ -71,7 +73,10 @@ struct backup {
     TAILQ_HEAD(, starving) starving;
     struct co_queue claim_ended;
     _Atomic unsigned n_claims;
-    uint64_t cursor;       /* where workers look next */
+    uint64_t cursor; /* where workers look next */
+    /* The source reads as zero here, as far as granules are still in `todo`: whoever writes to one
+     * takes it out first, so what was learnt once stays true of the others. */
+    uint64_t hole_off, hole_end;
     uint64_t spill_bytes;  /* in memory now */
     uint64_t n_waits;      /* guest writes that had to wait for memory */
     uint64_t budget_at;    /* rate limit: when the next byte may go */

@@ -10,6 +10,7 @@
 #include "base/mem.h"
 #include "job/backup_int.h"
 
+#define HOLE_LOOK (8 * GIB)     /* how far ahead a hole is asked for */
 #define IGNORE_PAUSE 100000000u /* between two tries of what on-error=ignore repeats */
 
 bool backup_stopping(struct backup *b)
@@ -135,6 +136,22 @@ static bool free_run(struct backup *b, uint64_t from, uint64_t end, uint64_t *of
     return false;
 }
 
+/* How many bytes from `off` are known to be zero, in whole granules. Caller holds the lock. */
+static uint64_t known_hole(const struct backup *b, uint64_t off)
+{
+    if (off < b->hole_off || off >= b->hole_end || atomic_load(&b->job.speed))
+        return 0;
+    return MIN(round_down(b->hole_end - off, b->granule), BACKUP_HOLE_MAX);
+}
+
+static void note_hole(struct backup *b, uint64_t off, uint64_t end)
+{
+    spin_lock(&b->lock);
+    b->hole_off = off;
+    b->hole_end = end;
+    spin_unlock(&b->lock);
+}
+
 enum take { TAKE_ONE, TAKE_LATER, TAKE_NONE };
 
 /* The next unit of work. LATER: another worker has used up the budget. */
@@ -149,7 +166,9 @@ static enum take take_unit(struct backup *b, struct claim *c)
     bool found =
         free_run(b, b->cursor, b->size, &off, &len) || free_run(b, 0, b->cursor, &off, &len);
     if (found) {
-        *c = (struct claim){.off = off, .end = off + MIN(len, unit_size(b))};
+        uint64_t hole = known_hole(b, off);
+        *c = (struct claim){.off = off, .hole = hole > 0};
+        c->end = off + MIN(len, hole ? hole : unit_size(b));
         b->cursor = c->end;
         atomic_fetch_add(&b->n_claims, 1);
         TAILQ_INSERT_TAIL(&b->claims, c, link);
@@ -197,7 +216,7 @@ static void note_copied(struct backup *b, uint64_t off, uint64_t len)
  * keeps a granule between our look and our note. */
 static void end_unit(struct backup *b, struct claim *c)
 {
-    bool kept[BACKUP_UNIT_MAX / BACKUP_GRANULE_MIN];
+    bool kept[BACKUP_HOLE_MAX / BACKUP_GRANULE_MIN];
     unsigned n = 0;
     spin_lock(&b->lock);
     c->ending = true;
@@ -251,21 +270,34 @@ static co_fn int copy_data(struct backup *b, uint64_t off, uint64_t len, bool *r
     return r;
 }
 
+static co_fn int copy_hole(struct backup *b, uint64_t off, uint64_t len)
+{
+    return b->target_is_zero ? 0 : node_zero(b->opts.target, off, len, NODE_UNMAP);
+}
+
 static co_fn int copy_unit(struct backup *b, const struct claim *c, bool *read)
 {
+    *read = false;
+    if (c->hole)
+        return copy_hole(b, c->off, c->end - c->off);
     for (uint64_t off = c->off; off < c->end;) {
         struct extent e;
-        int r = node_extent(b->opts.source, off, c->end - off, &e);
+        int r = node_extent(b->opts.source, off, MIN(b->size - off, HOLE_LOOK), &e);
         *read = true;
-        if (r == 0 && e.zero) {
+        if (r < 0)
+            return r;
+        uint64_t len = MIN(e.len, c->end - off);
+        if (e.zero) {
             *read = false;
-            r = b->target_is_zero ? 0 : node_zero(b->opts.target, off, e.len, NODE_UNMAP);
-        } else if (r == 0) {
-            r = copy_data(b, off, e.len, read);
+            if (e.len > len)
+                note_hole(b, off, off + e.len);
+            r = copy_hole(b, off, len);
+        } else {
+            r = copy_data(b, off, len, read);
         }
         if (r < 0)
             return r;
-        off += e.len;
+        off += len;
     }
     return 0;
 }
