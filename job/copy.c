@@ -10,7 +10,8 @@
 #include "base/mem.h"
 #include "job/backup_int.h"
 
-#define HOLE_LOOK (8 * GIB)     /* how far ahead a hole is asked for */
+#define HOLE_LOOK (8 * GIB) /* how far ahead a hole is asked for */
+#define SMALL_UNIT (256 * KIB)
 #define IGNORE_PAUSE 100000000u /* between two tries of what on-error=ignore repeats */
 
 bool backup_stopping(struct backup *b)
@@ -250,10 +251,17 @@ static co_fn int write_target(struct backup *b, void *buf, uint64_t off, uint64_
 }
 
 /* *read tells which side failed. */
-static co_fn int copy_data(struct backup *b, uint64_t off, uint64_t len, bool *read)
+/* Scattered dirty blocks are read and written here and now: asking where data lies and offloading
+ * go to the pool, which costs more than copying so little. Zeroes are seen in the buffer. */
+static bool is_small(const struct backup *b, const struct claim *c)
+{
+    return b->opts.sync == BACKUP_BITMAP && c->end - c->off <= SMALL_UNIT;
+}
+
+static co_fn int copy_data(struct backup *b, uint64_t off, uint64_t len, bool offload, bool *read)
 {
     *read = false;
-    if (b->opts.copy_range && !atomic_load(&b->no_offload)) {
+    if (offload && b->opts.copy_range && !atomic_load(&b->no_offload)) {
         if (node_copy_range(b->opts.source, off, b->opts.target, off, len) == 0)
             return 0;
         atomic_store(&b->no_offload, true); /* cannot, or failed: the plain way tells which side */
@@ -280,6 +288,8 @@ static co_fn int copy_unit(struct backup *b, const struct claim *c, bool *read)
     *read = false;
     if (c->hole)
         return copy_hole(b, c->off, c->end - c->off);
+    if (is_small(b, c))
+        return copy_data(b, c->off, c->end - c->off, false, read);
     for (uint64_t off = c->off; off < c->end;) {
         struct extent e;
         int r = node_extent(b->opts.source, off, MIN(b->size - off, HOLE_LOOK), &e);
@@ -293,7 +303,7 @@ static co_fn int copy_unit(struct backup *b, const struct claim *c, bool *read)
                 note_hole(b, off, off + e.len);
             r = copy_hole(b, off, len);
         } else {
-            r = copy_data(b, off, len, read);
+            r = copy_data(b, off, len, true, read);
         }
         if (r < 0)
             return r;
