@@ -358,6 +358,16 @@ int node_copy_range(struct node *src, uint64_t src_off, struct node *dst, uint64
     return 0;
 }
 
+struct io_file *node_cached_file(struct node *n, uint64_t off, uint64_t len, uint64_t *file_off)
+{
+    uint64_t base;
+    struct io_file *f = n->ops->offload ? n->ops->offload(n, &base) : NULL;
+    if (!f || n->align > 1 || !range_in(off, len, n->size))
+        return NULL;
+    *file_off = base + off;
+    return f;
+}
+
 /* ------------------------------------------------------------------ properties */
 
 const char *node_name(const struct node *n)

@@ -56,6 +56,11 @@ co_fn int node_extent(struct node *n, uint64_t off, uint64_t len, struct extent 
 co_fn int node_copy_range(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
                           uint64_t len);
 
+/* The file whose page cache holds [off, off+len) one to one, and where in it; NULL: there is none.
+ * What it says holds while the caller is admitted. Not a co_fn. */
+struct io_file;
+struct io_file *node_cached_file(struct node *n, uint64_t off, uint64_t len, uint64_t *file_off);
+
 const char *node_name(const struct node *n);
 /* A name that somebody typed, for a message: a long one by its beginning, so that the rest of the
  * message fits. Use it as an argument: shown_name(s).text. */

@@ -210,6 +210,12 @@ co_fn int io_send(struct io_sock *s, const struct iovec *iov, int n)
     return s->io->ops->send(s, iov, n);
 }
 
+co_fn ssize_t io_send_file(struct io_sock *s, struct iovec head, struct io_file *f, uint64_t off,
+                           uint64_t len, uint64_t deadline)
+{
+    return s->io->ops->send_file(s, head, f, off, len, deadline);
+}
+
 co_fn int io_recv_all(struct io_sock *s, void *buf, size_t len)
 {
     for (size_t done = 0; done < len;) {

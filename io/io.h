@@ -203,6 +203,13 @@ co_fn ssize_t io_recv(struct io_sock *s, void *buf, size_t len);
 ssize_t io_recv_now(struct io_sock *s, void *buf, size_t len);
 /* All of it, or -errno. */
 co_fn int io_send(struct io_sock *s, const struct iovec *iov, int n);
+/* Send `head` (may be empty) and then [off, off+len) of `f`, the latter without copying it through
+ * our memory. Returns the bytes of both that went before all were sent or `deadline` (io_now ns)
+ * passed, 0 included. -EOPNOTSUPP: what comes next cannot be had like this, since it would have to
+ * wait for the disk, lies past the end of the file, or the engine cannot; the caller reads it.
+ * Other -errno: as io_send. What the peer has not taken yet may still change with the file. */
+co_fn ssize_t io_send_file(struct io_sock *s, struct iovec head, struct io_file *f, uint64_t off,
+                           uint64_t len, uint64_t deadline);
 /* Until `len` bytes came (0), the stream ended (-ECONNRESET) or an error. */
 co_fn int io_recv_all(struct io_sock *s, void *buf, size_t len);
 /* Ends every receive, send and accept under way and to come with -ECANCELED, from any loop. Not a

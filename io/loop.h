@@ -74,6 +74,8 @@ struct io_ops {
     int (*accept)(struct io_sock *, struct io_sock **);
     ssize_t (*recv)(struct io_sock *, void *, size_t, bool now);
     int (*send)(struct io_sock *, const struct iovec *, int);
+    ssize_t (*send_file)(struct io_sock *, struct iovec, struct io_file *, uint64_t, uint64_t,
+                         uint64_t);
     void (*shutdown)(struct io_sock *);
     void (*sock_close)(struct io_sock *);
     void (*peer)(struct io_sock *, char *, size_t);

@@ -311,6 +311,7 @@ static const struct io_ops real_ops_table = {
     .accept = real_accept,
     .recv = real_recv,
     .send = real_send,
+    .send_file = real_send_file,
     .shutdown = real_shutdown,
     .sock_close = real_sock_close,
     .peer = real_peer,

@@ -236,6 +236,10 @@ const struct iovec *iov_after(const struct iovec *iov, int n_iov, size_t skip,
                               struct iovec tmp[N_IOV_TMP], int *n);
 size_t iov_bytes(const struct iovec *iov, int n);
 
+/* Can all of [off, off+len) be had from memory, without waiting for a disk? Where the kernel does
+ * not tell: no. Own loop, never waits. */
+bool real_is_cached(struct real_file *f, uint64_t off, uint64_t len);
+
 int real_open(struct io *, const char *, int, unsigned, struct io_file **);
 void real_close(struct io_file *);
 int real_fstat(struct io_file *, struct io_stat *);
@@ -261,6 +265,7 @@ struct real_sock {
     int fd[2];           /* to read, to write; the same for a socket */
     int old_flags[2];    /* of inherited descriptors: O_NONBLOCK is taken back at the end; or -1 */
     bool is_socket, is_unix, listener;
+    bool own;      /* made by us: nobody else uses its description */
     bool own_path; /* remove `path` if it is still this inode */
     uint64_t path_dev, path_ino;
     char path[108];
@@ -289,6 +294,8 @@ int real_from_fds(struct io *, int, int, struct io_sock **);
 int real_accept(struct io_sock *, struct io_sock **);
 ssize_t real_recv(struct io_sock *, void *, size_t, bool now);
 int real_send(struct io_sock *, const struct iovec *, int);
+ssize_t real_send_file(struct io_sock *, struct iovec, struct io_file *, uint64_t, uint64_t,
+                       uint64_t);
 void real_shutdown(struct io_sock *);
 void real_sock_close(struct io_sock *);
 void real_peer(struct io_sock *, char *, size_t);

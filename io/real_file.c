@@ -453,6 +453,52 @@ co_fn ssize_t real_preadv(struct io_file *file, const struct iovec *iov, int n, 
     return finish_rw(f, false, iov, n, off, done, 0, wants_pool(f));
 }
 
+/* ------------------------------------------------------------------ what is cached */
+
+/* Linux 6.5; the C library has no name for it yet. */
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
+#define PROBE_EVERY (64u << 10)
+
+/* How many pages of the range the page cache has; -errno: the kernel does not tell, or not us. */
+static int64_t count_cached(int fd, uint64_t off, uint64_t len)
+{
+    struct {
+        uint64_t off, len;
+    } range = {off, len};
+    struct {
+        uint64_t cached, dirty, writeback, evicted, recently_evicted;
+    } stat;
+    return syscall(SYS_cachestat, fd, &range, &stat, 0) < 0 ? -errno : (int64_t)stat.cached;
+}
+
+/* Pages that are in the cache may still be on their way from the disk: reading a byte here and
+ * there shows it, for a disk fills them in order. */
+static bool is_filled(struct real_file *f, uint64_t off, uint64_t len)
+{
+    for (uint64_t at = off; at < off + len; at = round_down(at, PROBE_EVERY) + PROBE_EVERY) {
+        char byte;
+        struct iovec iov = {&byte, 1};
+        size_t done = 0;
+        int err = 0;
+        if (!read_now(f, &iov, 1, at, 1, 1, &done, &err) || done != 1)
+            return false;
+    }
+    return true;
+}
+
+bool real_is_cached(struct real_file *f, uint64_t off, uint64_t len)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    if ((f->direct && !f->memory) || f->block || wants_pool(f))
+        return false;
+    if (f->memory)
+        return true;
+    uint64_t pages = (round_up(off + len, page) - round_down(off, page)) / page;
+    return count_cached(f->fd, off, len) == (int64_t)pages && is_filled(f, off, len);
+}
+
 /* ------------------------------------------------------------------ the writer role */
 
 /* Lives on the stack of the coroutine that wants to write, or (file NULL) to know that all

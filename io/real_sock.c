@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -29,6 +30,7 @@
 #include "io/real.h"
 
 enum {
+    SEND_BUFFER = 1 << 20,
     CONNECT_WAIT_S = 10, /* then the peer is taken for dead; a pool thread hangs on it */
     DIR_LOCK_TRIES = 100,
     DIR_LOCK_EVERY_NS = 10000000,
@@ -66,6 +68,16 @@ static void keep_alive(int fd)
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof times);
 }
 
+/* What a UNIX socket holds for a peer that is busy is 208 KiB by default, less than a batch of
+ * replies: the sender would sleep in the middle of each. Privilege may go beyond the system's
+ * limit. (TCP grows by itself.) */
+static void widen(int fd)
+{
+    int bytes = SEND_BUFFER;
+    if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof bytes) < 0)
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+}
+
 /* A connection of ours. It stays a blocking descriptor: every call says MSG_DONTWAIT, and a ring
  * waits only on blocking ones. Takes `fd` in any case. */
 static int sock_from_own(struct io *io, int fd, struct real_sock **out)
@@ -78,8 +90,10 @@ static int sock_from_own(struct io *io, int fd, struct real_sock **out)
         return -ENOMEM;
     }
     getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len);
-    s->is_socket = true;
+    s->is_socket = s->own = true;
     s->is_unix = domain == AF_UNIX;
+    if (s->is_unix)
+        widen(fd);
     if (domain == AF_INET || domain == AF_INET6) {
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         keep_alive(fd);
@@ -170,7 +184,7 @@ void sock_ready(struct real_sock *s, int dir)
     io_event_set(&s->ready[dir]);
 }
 
-static co_fn int wait_ready(struct real_sock *s, int dir)
+static co_fn int wait_ready_until(struct real_sock *s, int dir, uint64_t deadline)
 {
     struct real_loop *rl = loop_self()->engine;
     int r = sock_io(s)->be->arm(s, dir);
@@ -181,9 +195,14 @@ static co_fn int wait_ready(struct real_sock *s, int dir)
         return 0;
     }
     rl->waits++;
-    io_event_wait(&s->ready[dir], IO_FOREVER);
+    r = io_event_wait(&s->ready[dir], deadline);
     rl->waits--;
-    return 0;
+    return r;
+}
+
+static co_fn int wait_ready(struct real_sock *s, int dir)
+{
+    return wait_ready_until(s, dir, IO_FOREVER);
 }
 
 /* ------------------------------------------------------------------ receive and send */
@@ -260,6 +279,66 @@ co_fn int real_send(struct io_sock *sock, const struct iovec *iov, int n)
             return atomic_load(&s->shut) ? -ECANCELED : r;
     }
     return 0;
+}
+
+/* ------------------------------------------------------------------ from a file */
+
+/* sendfile(2) knows no MSG_DONTWAIT, so the description says it for the length of the call. Nobody
+ * else uses it: requests of the ring look at it when they are handed over, which is not now. */
+static ssize_t sendfile_once(struct real_sock *s, struct real_file *f, uint64_t off, uint64_t len)
+{
+    off64_t at = (off64_t)off;
+    ssize_t r;
+    if (fcntl(s->fd[SOCK_WR], F_SETFL, O_NONBLOCK) < 0)
+        return -EOPNOTSUPP;
+    do
+        r = sendfile(s->fd[SOCK_WR], f->fd, &at, len);
+    while (r < 0 && errno == EINTR);
+    r = r < 0 ? -errno : r;
+    fcntl(s->fd[SOCK_WR], F_SETFL, 0);
+    return r == 0 || r == -EINVAL || r == -ENOSYS ? -EOPNOTSUPP : r;
+}
+
+/* The head, or the piece of the file behind it. */
+static ssize_t send_either(struct real_sock *s, struct iovec head, struct real_file *f,
+                           uint64_t off, uint64_t len)
+{
+    if (!head.iov_len)
+        return sendfile_once(s, f, off, len);
+    ssize_t r;
+    do
+        r = send(s->fd[SOCK_WR], head.iov_base, head.iov_len,
+                 MSG_NOSIGNAL | MSG_DONTWAIT | MSG_MORE);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : r;
+}
+
+co_fn ssize_t real_send_file(struct io_sock *sock, struct iovec head, struct io_file *file,
+                             uint64_t off, uint64_t len, uint64_t deadline)
+{
+    struct real_sock *s = sock_of(sock);
+    struct real_file *f = (struct real_file *)file;
+    size_t total = head.iov_len + len, done = 0;
+    if (!s->own || off > INT64_MAX || len > INT64_MAX - off || !real_is_cached(f, off, len))
+        return -EOPNOTSUPP;
+    while (done < total) {
+        size_t h = MIN(done, head.iov_len), d = done - h;
+        struct iovec rest = {(char *)head.iov_base + h, head.iov_len - h};
+        if (atomic_load(&s->shut))
+            return -ECANCELED;
+        ssize_t r = send_either(s, rest, f, off + d, len - d);
+        if (r >= 0) {
+            done += r;
+            continue;
+        }
+        if (r == -EAGAIN)
+            r = wait_ready_until(s, SOCK_WR, deadline);
+        if (r == -ETIME || (r == -EOPNOTSUPP && done))
+            break;
+        if (r < 0)
+            return atomic_load(&s->shut) ? -ECANCELED : r;
+    }
+    return (ssize_t)done;
 }
 
 co_fn int real_accept(struct io_sock *sock, struct io_sock **out)

@@ -476,6 +476,7 @@ static const struct io_ops sim_ops = {
     .accept = sim_accept,
     .recv = sim_recv,
     .send = sim_send,
+    .send_file = sim_send_file,
     .shutdown = sim_shutdown,
     .sock_close = sim_sock_close,
     .peer = sim_peer,

@@ -528,6 +528,34 @@ int sim_send(struct io_sock *sock, const struct iovec *iov, int n)
     return (int)sim_op_run(sim_of(k), &o.op);
 }
 
+/* The engine may say no at any time, and what it does is what a read and a send would do, as far as
+ * the pipe has room. */
+ssize_t sim_send_file(struct io_sock *sock, struct iovec head, struct io_file *f, uint64_t off,
+                      uint64_t len, uint64_t deadline)
+{
+    struct sim_sock *k = (struct sim_sock *)sock;
+    struct sim *s = sim_of(k);
+    if (!k->conn || sim_percent(&s->order, 20))
+        return -EOPNOTSUPP;
+    mem_autofree char *buf = mem_alloc(head.iov_len + len);
+    if (!buf)
+        return -EOPNOTSUPP;
+    struct iovec data = {buf + head.iov_len, len};
+    ssize_t r = sim_preadv(f, &data, 1, off);
+    if (r <= 0)
+        return -EOPNOTSUPP;
+    memcpy(buf, head.iov_base, head.iov_len);
+    const struct pipe *p = &k->conn->pipe[1 - k->end];
+    if (p->used == p->cap && !k->shut) {
+        io_event_wait(&(struct io_event)IO_EVENT_INIT, deadline);
+        return 0;
+    }
+    size_t free = MAX(p->cap - p->used, (size_t)1); /* an error wants to be seen */
+    struct iovec piece = {buf, some_of(s, MIN(head.iov_len + (size_t)r, free))};
+    int sent = sim_send(sock, &piece, 1);
+    return sent < 0 ? sent : (ssize_t)piece.iov_len;
+}
+
 /* ------------------------------------------------------------------ who is there, terminals */
 
 void sim_peer(struct io_sock *sock, char *buf, size_t len)

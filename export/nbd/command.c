@@ -15,8 +15,9 @@
 #include "export/nbd/nbd.h"
 
 #define DISK_BLOCK 512u
-#define SPARSE_READ (64u << 10) /* from here on it is worth asking for holes */
-#define LOOK_AHEAD (128 * MIB)  /* how far to ask whether there is data */
+#define SPARSE_READ (64u << 10)   /* from here on it is worth asking for holes */
+#define SEND_FILE_MIN (64u << 10) /* from here on two copies cost more than a few system calls */
+#define LOOK_AHEAD (128 * MIB)    /* how far to ask whether there is data */
 #define CACHE_PIECE (1u << 20)
 
 uint64_t nbd_request_bytes(const struct nbd_request *rq)
@@ -181,6 +182,40 @@ static int read_chunks(struct nbd_task *t, struct node *n, uint64_t end, bool ho
     return r;
 }
 
+/* What nbd_task_send_file() left: `sent` bytes of head and data are gone. A reply that has begun
+ * cannot become an error. */
+static void read_rest(struct nbd_task *t, struct node *n)
+{
+    uint64_t head = t->iov[0].iov_len, h = MIN(t->sent, head), d = t->sent - h;
+    t->buf_len = t->rq.len - d;
+    t->buf = t->buf_len ? io_buf_get(t->buf_len) : NULL;
+    t->n_iov = 0;
+    if (t->buf_len == 0)
+        return;
+    struct iovec iov = {t->buf, t->buf_len};
+    if (!t->buf || node_preadv(n, &iov, 1, t->rq.off + d, t->buf_len) < 0) {
+        nbd_task_abandon(t);
+        return;
+    }
+    if (h < head)
+        add_piece(t, (char *)t->iov[0].iov_base + h, head - h);
+    add_piece(t, t->buf, t->buf_len);
+}
+
+/* A long read of cached data need not pass through our memory. False: it has to. */
+static bool read_straight(struct nbd_task *t, struct node *n, bool structured)
+{
+    uint64_t at;
+    struct io_file *f = node_cached_file(n, t->rq.off, t->rq.len, &at);
+    if (!f)
+        return false;
+    reply_data(t, structured);
+    if (!nbd_task_send_file(t, f, at))
+        return false;
+    read_rest(t, n);
+    return true;
+}
+
 static int do_read(struct nbd_task *t, struct node *n, bool structured)
 {
     uint64_t end = t->rq.off + t->rq.len;
@@ -195,6 +230,8 @@ static int do_read(struct nbd_task *t, struct node *n, bool structured)
         if (hole || end < t->rq.off + t->rq.len)
             return read_chunks(t, n, end, hole);
     }
+    if (t->rq.len >= SEND_FILE_MIN && read_straight(t, n, structured))
+        return 0;
     r = read_buf(t);
     if (r == 0)
         r = read_piece(t, n, t->rq.off, t->rq.len);
@@ -389,7 +426,7 @@ void nbd_task_run(struct nbd_task *t)
         r = run(t, n, structured);
     if (r < 0)
         reply_error(t, structured, r);
-    else if (t->n_iov == 0)
+    else if (t->n_iov == 0 && !t->sent)
         reply_done(t, structured);
-    assert(t->n_iov > 0);
+    assert(t->n_iov > 0 || t->sent);
 }

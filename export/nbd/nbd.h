@@ -119,6 +119,14 @@ struct nbd_task;
  * node may be another one afterwards. */
 co_fn void nbd_task_yield_gate(struct nbd_task *t);
 
+/* Send the reply straight from a file: the head that t->iov[0] holds, then rq.len bytes of `f` from
+ * `off` on. Only for replies that the client is ready to take: returns how many bytes are on their
+ * way, 0 if none. What is missing has to be the task's reply then; nothing is when the connection
+ * is lost. The task is admitted, and stays so. */
+co_fn uint64_t nbd_task_send_file(struct nbd_task *t, struct io_file *f, uint64_t off);
+/* A reply that has begun cannot be finished: the connection ends. */
+void nbd_task_abandon(struct nbd_task *t);
+
 /* ---- command.c ---- */
 
 struct nbd_rbuf;
@@ -145,6 +153,8 @@ struct nbd_task {
     int error;       /* known before it ran: -errno */
     const char *why; /* error text for the client; NULL: none */
     bool own_entry;  /* holds the gate by itself, not through its session */
+    bool on_wire;    /* has sent from a file, and holds the wire until its rest is queued */
+    uint64_t sent;   /* bytes of the reply that are on their way already */
     struct iovec small[2];
     struct iovec *iov; /* the reply */
     unsigned n_iov;

@@ -16,6 +16,9 @@
  * is charged the most that it may hold until its reply is made, then what it does hold. A turn of
  * one connection ends after TURN_TASKS requests, TURN_BYTES or TURN_NS.
  *
+ * Long reads of cached data do not pass through our memory (nbd_task_send_file): they are sent from
+ * the file while their requests are admitted, as long as the client takes them.
+ *
  * Received data stays where it arrived: a small write is done from the receive buffer, which is
  * replaced, not reused, while somebody writes from it. The data of a big write is received straight
  * into a buffer of its own. */
@@ -40,6 +43,8 @@
 #define HINT_LEN 4096u            /* received at once when big writes come */
 #define SEND_IOV 512u
 #define SLAB_TASKS 32u
+#define PATIENCE_NS 20000000u  /* with a client that takes nothing while a request is admitted */
+#define LOOK_EVERY_NS 1000000u /* whether somebody wants to shut the gate meanwhile */
 
 /* A receive buffer. `refs`: the session while it receives into it, and every write done from it. */
 struct nbd_rbuf {
@@ -78,6 +83,8 @@ struct nbd_session {
 
     struct nbd_task *out, **out_end; /* replies to be sent */
     bool sending, broken;
+    bool direct;                      /* who sends does so from a file */
+    struct in_line *line, **line_end; /* others who want to */
     struct iovec iov[SEND_IOV];
 };
 
@@ -225,15 +232,19 @@ static unsigned gather(struct nbd_session *s, struct nbd_task **batch)
     return n;
 }
 
+static void break_off(struct nbd_session *s)
+{
+    s->broken = true;
+    io_sock_shutdown(s->sock);
+}
+
 static void send_all(struct nbd_session *s)
 {
     while (s->out) {
         struct nbd_task *batch;
         unsigned n = gather(s, &batch);
-        if (!s->broken && io_send(s->sock, s->iov, n) < 0) {
-            s->broken = true;
-            io_sock_shutdown(s->sock);
-        }
+        if (!s->broken && io_send(s->sock, s->iov, n) < 0)
+            break_off(s);
         while (batch) {
             struct nbd_task *t = batch;
             batch = t->next;
@@ -248,6 +259,107 @@ static void sender(void *session)
 {
     send_all(session);
 }
+
+/* ------------------------------------------------------------------ sending from files */
+
+/* The wire is one: who sends from a file holds it as a sender does, and others of that kind wait in
+ * line. They are admitted, for the file is the node's. So the one in front gives up when the gate
+ * is shut or the client takes nothing, and nobody waits behind a plain sender, who waits for a slow
+ * client as long as it takes: then all of them go the plain way, too. */
+struct in_line {
+    struct co *co;
+    bool granted;
+    struct in_line *next;
+};
+
+static struct in_line *line_pop(struct nbd_session *s)
+{
+    struct in_line *first = s->line;
+    if (first) {
+        s->line = first->next;
+        if (!s->line)
+            s->line_end = &s->line;
+    }
+    return first;
+}
+
+static co_fn bool take_wire(struct nbd_session *s)
+{
+    if (s->broken || (s->sending && !s->direct))
+        return false;
+    if (!s->sending) {
+        s->sending = s->direct = true;
+        return true;
+    }
+    struct in_line me = {.co = co_self()};
+    *s->line_end = &me;
+    s->line_end = &me.next;
+    co_yield();
+    return me.granted;
+}
+
+/* The holder of the wire is a plain sender from now on: whoever waits in line is sent away. */
+static void turn_plain(struct nbd_session *s)
+{
+    struct in_line *l;
+    s->direct = false;
+    while ((l = line_pop(s)))
+        co_wake(l->co);
+}
+
+/* The holder has sent from a file and is done: the next in line, if no plain reply waits. */
+static co_fn void pass_wire(struct nbd_session *s)
+{
+    struct in_line *next = s->out || s->broken ? NULL : line_pop(s);
+    if (next) {
+        next->granted = true;
+        co_wake(next->co);
+        return;
+    }
+    turn_plain(s);
+    if (s->in_batch || !s->out) {
+        s->sending = false; /* a batch is sent when it ends */
+        wake_reader(s);
+    } else if (loop_run_now(sender, s) < 0) {
+        send_all(s);
+    }
+}
+
+uint64_t nbd_task_send_file(struct nbd_task *t, struct io_file *f, uint64_t off)
+{
+    struct nbd_session *s = t->s;
+    uint64_t head = t->iov[0].iov_len, len = t->rq.len, now;
+    if (!take_wire(s))
+        return 0;
+    uint64_t give_up = io_now(s->io) + PATIENCE_NS;
+    ssize_t r;
+    do {
+        uint64_t h = MIN(t->sent, head), d = t->sent - h;
+        struct iovec rest = {(char *)t->iov[0].iov_base + h, head - h};
+        now = io_now(s->io);
+        r = io_send_file(s->sock, rest, f, off + d, len - d, MIN(give_up, now + LOOK_EVERY_NS));
+        if (r > 0) {
+            t->sent += r;
+            give_up = now + PATIENCE_NS;
+        }
+    } while (r >= 0 && t->sent < head + len && now < give_up && !root_is_shut(s->x.root));
+    if (r < 0 && r != -EOPNOTSUPP) {
+        break_off(s);
+        t->sent = head + len;
+    }
+    t->on_wire = t->sent > 0;
+    if (!t->on_wire)
+        pass_wire(s);
+    return t->sent;
+}
+
+void nbd_task_abandon(struct nbd_task *t)
+{
+    break_off(t->s);
+    t->n_iov = 0;
+}
+
+/* ------------------------------------------------------------------ the batch */
 
 static void leave(struct nbd_session *s)
 {
@@ -288,6 +400,23 @@ void nbd_task_yield_gate(struct nbd_task *t)
     t->own_entry = true;
 }
 
+static void queue_reply(struct nbd_task *t)
+{
+    struct nbd_session *s = t->s;
+    if (t->n_iov == 0) { /* all of it is on its way */
+        task_free(t);
+    } else if (t->sent) { /* the rest of what the client is reading now */
+        t->next = s->out;
+        s->out = t;
+        if (!t->next)
+            s->out_end = &t->next;
+    } else {
+        t->next = NULL;
+        *s->out_end = t;
+        s->out_end = &t->next;
+    }
+}
+
 /* The work is done and the reply is made: give back what the reply does not need, queue it. */
 static void task_done(struct nbd_task *t)
 {
@@ -307,9 +436,7 @@ static void task_done(struct nbd_task *t)
         set_charge(t, held);
         wake_reader(s);
     }
-    t->next = NULL;
-    *s->out_end = t;
-    s->out_end = &t->next;
+    queue_reply(t);
 }
 
 static void task_main(void *task)
@@ -317,7 +444,17 @@ static void task_main(void *task)
     struct nbd_task *t = task;
     struct nbd_session *s = t->s;
     nbd_task_run(t);
+    bool on_wire = t->on_wire, rest = t->n_iov > 0;
     task_done(t);
+    if (on_wire && !rest) {
+        pass_wire(s);
+        return;
+    }
+    if (on_wire) {
+        turn_plain(s);
+        send_all(s);
+        return;
+    }
     if (s->in_batch || s->sending)
         return;
     s->sending = true;
@@ -550,6 +687,7 @@ static struct nbd_session *session_new(struct nbd_conn *c)
     s->hint = RBUF_LEN;
     s->turn = UINT64_MAX;
     s->out_end = &s->out;
+    s->line_end = &s->line;
     s->rbuf = rbuf_new();
     if (!s->rbuf) {
         session_free(s);
