@@ -30,7 +30,8 @@
 #include "io/real.h"
 
 enum {
-    SEND_BUFFER = 1 << 20,
+    SEND_BUFFER = 1 << 19, /* the kernel doubles it */
+    SEND_PIECE = 1 << 20,
     CONNECT_WAIT_S = 10, /* then the peer is taken for dead; a pool thread hangs on it */
     DIR_LOCK_TRIES = 100,
     DIR_LOCK_EVERY_NS = 10000000,
@@ -299,44 +300,46 @@ static ssize_t sendfile_once(struct real_sock *s, struct real_file *f, uint64_t 
     return r == 0 || r == -EINVAL || r == -ENOSYS ? -EOPNOTSUPP : r;
 }
 
-/* The head, or the piece of the file behind it. */
-static ssize_t send_either(struct real_sock *s, struct iovec head, struct real_file *f,
-                           uint64_t off, uint64_t len)
+static ssize_t send_head(struct real_sock *s, struct iovec head, size_t done)
 {
-    if (!head.iov_len)
-        return sendfile_once(s, f, off, len);
     ssize_t r;
     do
-        r = send(s->fd[SOCK_WR], head.iov_base, head.iov_len,
+        r = send(s->fd[SOCK_WR], (char *)head.iov_base + done, head.iov_len - done,
                  MSG_NOSIGNAL | MSG_DONTWAIT | MSG_MORE);
     while (r < 0 && errno == EINTR);
     return r < 0 ? -errno : r;
 }
 
+/* Piece by piece: each is looked for in the cache when its turn comes, and after each others of the
+ * loop have theirs, for a quick client could keep one call going for as long as the file is. */
 co_fn ssize_t real_send_file(struct io_sock *sock, struct iovec head, struct io_file *file,
                              uint64_t off, uint64_t len, uint64_t deadline)
 {
     struct real_sock *s = sock_of(sock);
     struct real_file *f = (struct real_file *)file;
-    size_t total = head.iov_len + len, done = 0;
-    if (!s->own || off > INT64_MAX || len > INT64_MAX - off || !real_is_cached(f, off, len))
+    uint64_t done = 0, total = head.iov_len + len, end = 0; /* of the piece, from `off` on */
+    if (!s->own || off > INT64_MAX || len > INT64_MAX - off)
         return -EOPNOTSUPP;
     while (done < total) {
-        size_t h = MIN(done, head.iov_len), d = done - h;
-        struct iovec rest = {(char *)head.iov_base + h, head.iov_len - h};
+        uint64_t d = done - MIN(done, head.iov_len);
+        if (d == end) {
+            if (done > head.iov_len)
+                loop_pause();
+            end += MIN(len - end, SEND_PIECE);
+            if (!real_is_cached(f, off + d, end - d))
+                return done ? (ssize_t)done : -EOPNOTSUPP;
+        }
         if (atomic_load(&s->shut))
             return -ECANCELED;
-        ssize_t r = send_either(s, rest, f, off + d, len - d);
-        if (r >= 0) {
-            done += r;
-            continue;
-        }
+        ssize_t r =
+            done < head.iov_len ? send_head(s, head, done) : sendfile_once(s, f, off + d, end - d);
         if (r == -EAGAIN)
             r = wait_ready_until(s, SOCK_WR, deadline);
         if (r == -ETIME || (r == -EOPNOTSUPP && done))
             break;
         if (r < 0)
             return atomic_load(&s->shut) ? -ECANCELED : r;
+        done += r;
     }
     return (ssize_t)done;
 }
