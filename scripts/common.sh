@@ -6,7 +6,8 @@ packages_build='gcc libc6-dev meson ninja-build pkg-config python3 libjansson-de
 packages_run='e2fsprogs qemu-utils python3-libnbd libnbd-bin'
 packages_check='libcmocka-dev libseccomp-dev clang libclang-rt-14-dev clang-format clang-tidy
   gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user qemu-system-common nbdkit fio scdoc
-  python3-pytest python3-hypothesis strace procps jq'
+  python3-pytest python3-hypothesis strace procps jq fuse3 nbd-client qemu-system-x86
+  linux-image-cloud-amd64 busybox-static syslinux syslinux-common mtools'
 
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 

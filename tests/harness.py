@@ -272,3 +272,11 @@ def qemu_io(uri, *commands):
     bad = r.returncode != 0 or 'failed' in r.stdout or 'failed' in r.stderr
     assert not bad, f'{commands}: {r.stdout}{r.stderr}'
     return r.stdout
+
+
+def run(*args, code=0):
+    """Run a program to its end; its output. Raises unless it ends with this exit code."""
+    r = subprocess.run([which(args[0]), *args[1:]], capture_output=True, text=True, timeout=DEADLINE,
+                       stdin=subprocess.DEVNULL)
+    assert r.returncode == code, f'{args}: {r.returncode}: {r.stdout}{r.stderr}'
+    return r.stdout

@@ -6,13 +6,12 @@ import os
 import random
 import socket
 import struct
-import subprocess
 
 import nbd
 import pytest
 
 from backup_tools import assert_same, content, fill, refused, until
-from harness import DEADLINE, Daemon, KiB, MiB, qemu_io, which
+from harness import Daemon, KiB, MiB, qemu_io, run, which
 from nbd_raw import WRITE, Raw, request
 
 SIZE = 8 * MiB
@@ -44,12 +43,6 @@ def handle(uri, *contexts, structured=True):
         h.add_meta_context(c)
     h.connect_uri(uri)
     return h
-
-
-def run(*args, code=0):
-    r = subprocess.run([which(args[0]), *args[1:]], capture_output=True, text=True, timeout=DEADLINE)
-    assert r.returncode == code, f'{args}: {r.returncode}: {r.stdout}{r.stderr}'
-    return r.stdout
 
 
 def extents(h, offset=0, length=SIZE, flags=0):
