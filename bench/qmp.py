@@ -9,6 +9,10 @@ class QmpError(Exception):
     """The server refused a command, or broke the protocol."""
 
 
+class QmpClosed(QmpError):
+    """The server hung up."""
+
+
 class Qmp:
     def __init__(self, path, timeout=60):
         self.timeout = timeout
@@ -41,7 +45,7 @@ class Qmp:
             seen = len(self._buffer)
             data = self._socket.recv(1 << 20)
             if not data:
-                raise QmpError('the server closed the monitor')
+                raise QmpClosed('the server closed the monitor')
             self._buffer += data
         line = bytes(self._buffer[:end])
         del self._buffer[:end + 1]
@@ -65,17 +69,39 @@ class Qmp:
     def negotiate(self):
         self.execute('qmp_capabilities')
 
-    def wait_job(self, job_id):
-        """Wait until a block job has completed; an error of the job is an error here."""
+    def set_timeout(self, seconds):
+        """The longest wait for an answer."""
+        self.timeout = seconds
+        self._socket.settimeout(seconds)
+
+    def wait_event(self, wanted, what):
+        """Wait for the first event, come already or yet to come, of which wanted(event) is true."""
         deadline = time.monotonic() + self.timeout
         while True:
             for event in self.events:
-                data = event.get('data', {})
-                if event['event'] == 'BLOCK_JOB_COMPLETED' and data.get('device') == job_id:
+                if wanted(event):
                     self.events.remove(event)
-                    if 'error' in data or data['offset'] != data['len']:
-                        raise QmpError(f'job {job_id}: {data}')
-                    return data
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            self.events.append(self._read())
-            self._socket.settimeout(self.timeout)
+                    return event
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f'no event in {self.timeout} s: {what}')
+            self._socket.settimeout(left)
+            try:
+                self.events.append(self._read())
+            finally:
+                self._socket.settimeout(self.timeout)
+
+    def wait_job(self, job_id, end='BLOCK_JOB_COMPLETED'):
+        """Wait until a block job has ended and is gone, its hold on the nodes with it; an error of the
+        job is an error here. `end` may also be BLOCK_JOB_CANCELLED."""
+        ended = self.wait_event(lambda e: e['event'] in ('BLOCK_JOB_COMPLETED', 'BLOCK_JOB_CANCELLED') and
+                                e['data']['device'] == job_id, f'end of job {job_id}')
+        data = ended['data']
+        if ended['event'] != end or 'error' in data or \
+                (end == 'BLOCK_JOB_COMPLETED' and data['offset'] != data['len']):
+            raise QmpError(f"job {job_id}: {ended['event']} {data}")
+        self.wait_event(lambda e: e['event'] == 'JOB_STATUS_CHANGE' and
+                        e['data'] == {'id': job_id, 'status': 'null'}, f'job {job_id} gone')
+        # What the same job announced before is of no use to a later one of that name.
+        self.events = [e for e in self.events if e['event'] != 'JOB_STATUS_CHANGE' or e['data']['id'] != job_id]
+        return data
