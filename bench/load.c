@@ -40,26 +40,9 @@ int worker_fail(struct worker *w, const char *what, int code)
 
 /* ---- Latency ---- */
 
-static uint64_t bucket_top(unsigned b)
-{
-    if (b < 32)
-        return b;
-    unsigned shift = b / 32 - 1;
-    return ((UINT64_C(33) + b % 32) << shift) - 1;
-}
-
 uint64_t load_percentile(const struct load_result *r, double percent)
 {
-    uint64_t total = r->reads + r->writes, seen = 0;
-    uint64_t want = (uint64_t)(percent / 100 * (double)total);
-    if (total == 0)
-        return 0;
-    for (unsigned b = 0; b < LOAD_BUCKETS; b++) {
-        seen += r->latency[b];
-        if (seen > want || seen == total)
-            return MIN(bucket_top(b), r->max_ns);
-    }
-    return r->max_ns;
+    return latency_percentile(r->latency, r->reads + r->writes, r->max_ns, percent);
 }
 
 /* ---- One thread ---- */
@@ -146,7 +129,7 @@ static void result_add(struct load_result *sum, const struct load_result *r)
     sum->errors += r->errors;
     sum->mismatches += r->mismatches;
     sum->max_ns = MAX(sum->max_ns, r->max_ns);
-    for (unsigned i = 0; i < LOAD_BUCKETS; i++)
+    for (unsigned i = 0; i < LATENCY_BUCKETS; i++)
         sum->latency[i] += r->latency[i];
 }
 

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "handshake.h"
+#include "latency.h"
 
 #define LOAD_MAX_DEPTH 4096
 #define LOAD_MAX_CONNECTIONS 256
@@ -47,13 +48,10 @@ struct load_phase {
     uint64_t time_ns;  /* stop after so long, 0: no limit */
 };
 
-/* Times in ns, in buckets a 32nd of a power of two wide: within 3 % of the truth. */
-#define LOAD_BUCKETS (60 * 32)
-
 struct load_result {
     uint64_t reads, writes, bytes, errors, mismatches;
     uint64_t wall_ns, client_cpu_ns, server_cpu_ns, max_ns;
-    uint64_t latency[LOAD_BUCKETS];
+    uint64_t latency[LATENCY_BUCKETS]; /* of each request, from its sending to its reply */
 };
 
 struct load;

@@ -24,15 +24,6 @@ static bool may_complain(struct load *l)
     return atomic_fetch_add(&l->n_complaints, 1) < MAX_COMPLAINTS;
 }
 
-static unsigned bucket_of(uint64_t ns)
-{
-    if (ns < 32)
-        return ns;
-    unsigned shift = 63 - __builtin_clzll(ns) - 5;
-    unsigned b = (shift + 1) * 32 + ((ns >> shift) & 31);
-    return b < LOAD_BUCKETS ? b : LOAD_BUCKETS - 1;
-}
-
 static void slot_complete(struct conn *c, struct slot *s)
 {
     struct worker *w = c->w;
@@ -45,7 +36,7 @@ static void slot_complete(struct conn *c, struct slot *s)
     r->bytes += s->len;
     r->errors += s->failed;
     r->mismatches += s->bad;
-    r->latency[bucket_of(ns)]++;
+    r->latency[latency_bucket(ns)]++;
     r->max_ns = MAX(r->max_ns, ns);
     if (w->p->initial)
         return;
