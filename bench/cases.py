@@ -82,6 +82,8 @@ CASES = [
       for durable in (False, True)],
     qmp_case('guest', backup.guest_latency, 'p99 us / CPU us', limit_s=600, rows={
         'alone': 'guest-write-alone', 'backup': 'guest-write-during-backup'}),
+    qmp_case('block-status', control.block_status, rows={
+        'plain': 'block-status-16t', 'qd1': 'block-status-16t-qd1', 'extended': 'block-status-16t-extended'}),
     qmp_case('start-to-greeting', control.start_to_greeting),
     Case('idle-memory', 'RSS / PSS MiB', control.idle_memory, frozenset(['nbd', 'qmp'])),
     qmp_case('qmp-round-trip', control.round_trip),

@@ -25,10 +25,11 @@
 #define OPT_MAGIC UINT64_C(0x49484156454f5054)
 #define OPT_REPLY_MAGIC UINT64_C(0x0003e889045565a9)
 #define REQUEST_MAGIC 0x25609513u
+#define EXTENDED_REQUEST_MAGIC 0x21e41c71u
 
 enum { SERVER_FIXED_NEWSTYLE = 1, SERVER_NO_ZEROES = 2 };
-enum { OPT_GO = 7, OPT_STRUCTURED_REPLY = 8 };
-enum { REP_ACK = 1, REP_INFO = 3 };
+enum { OPT_GO = 7, OPT_STRUCTURED_REPLY = 8, OPT_SET_META_CONTEXT = 10, OPT_EXTENDED_HEADERS = 11 };
+enum { REP_ACK = 1, REP_INFO = 3, REP_META_CONTEXT = 4 };
 enum { INFO_EXPORT = 0, INFO_BLOCK_SIZE = 3 };
 enum { FLAG_READ_ONLY = 1 << 1, FLAG_SEND_FUA = 1 << 3, FLAG_MULTI_CONN = 1 << 8 };
 enum { CMD_DISC = 2 };
@@ -149,15 +150,47 @@ static int greet(int fd)
     return write_all(fd, flags, sizeof flags);
 }
 
-static int ask_structured(int fd, struct nbd_export *e)
+/* An option without data that the server may refuse. */
+static int ask_plain(int fd, uint32_t option, bool *agreed)
 {
     uint8_t buf[MAX_OPTION_REPLY];
     uint32_t type, len;
-    int r = send_option(fd, OPT_STRUCTURED_REPLY, NULL, 0);
+    int r = send_option(fd, option, NULL, 0);
     if (r == 0)
-        r = read_option_reply(fd, OPT_STRUCTURED_REPLY, &type, buf, &len);
+        r = read_option_reply(fd, option, &type, buf, &len);
     if (r == 0)
-        e->structured = type == REP_ACK;
+        *agreed = type == REP_ACK;
+    return r;
+}
+
+/* Selects one context, which the server must have. */
+static int ask_context(int fd, const struct nbd_target *t, struct nbd_export *e)
+{
+    uint8_t buf[MAX_OPTION_REPLY]; /* the request, then each reply */
+    size_t n = strlen(t->export_name), m = strlen(t->context);
+    if (n > MAX_EXPORT_NAME || m > MAX_EXPORT_NAME || n + m + 12 > sizeof buf)
+        return fail(-ENAMETOOLONG, t->context);
+    put_be32(buf, n);
+    memcpy(buf + 4, t->export_name, n);
+    put_be32(buf + 4 + n, 1);
+    put_be32(buf + 8 + n, m);
+    memcpy(buf + 12 + n, t->context, m);
+    int r = send_option(fd, OPT_SET_META_CONTEXT, buf, n + m + 12);
+    for (bool seen = false; r == 0;) {
+        uint32_t type, len;
+        r = read_option_reply(fd, OPT_SET_META_CONTEXT, &type, buf, &len);
+        if (r < 0)
+            return r;
+        if (type == REP_ACK && seen)
+            return 0;
+        if (type != REP_META_CONTEXT || len < 4) {
+            warnx("export '%s' does not have the context '%s' (reply %#x)", t->export_name,
+                  t->context, type);
+            return -ENOENT;
+        }
+        e->context_id = get_be32(buf);
+        seen = true;
+    }
     return r;
 }
 
@@ -215,8 +248,13 @@ int nbd_open(const struct nbd_target *t, struct nbd_export *e)
     struct timeval limit = {.tv_sec = HANDSHAKE_TIMEOUT_S};
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
     int r = greet(fd);
-    if (r == 0 && t->structured)
-        r = ask_structured(fd, e);
+    if (r == 0 && t->extended)
+        r = ask_plain(fd, OPT_EXTENDED_HEADERS, &e->extended);
+    e->structured = e->extended;
+    if (r == 0 && t->structured && !e->extended)
+        r = ask_plain(fd, OPT_STRUCTURED_REPLY, &e->structured);
+    if (r == 0 && t->context)
+        r = ask_context(fd, t, e);
     if (r == 0)
         r = ask_go(fd, t->export_name, e);
     if (r < 0) {
@@ -226,12 +264,12 @@ int nbd_open(const struct nbd_target *t, struct nbd_export *e)
     return fd;
 }
 
-void nbd_close(int fd)
+void nbd_close(int fd, bool extended)
 {
-    uint8_t disc[28] = {0};
-    put_be32(disc, REQUEST_MAGIC);
+    uint8_t disc[32] = {0};
+    put_be32(disc, extended ? EXTENDED_REQUEST_MAGIC : REQUEST_MAGIC);
     put_be16(disc + 6, CMD_DISC);
     /* The server may be gone: nothing depends on this. */
-    (void)!send(fd, disc, sizeof disc, MSG_NOSIGNAL | MSG_DONTWAIT);
+    (void)!send(fd, disc, extended ? 32 : 28, MSG_NOSIGNAL | MSG_DONTWAIT);
     close(fd);
 }

@@ -306,7 +306,7 @@ void load_close(struct load *l)
     for (unsigned i = 0; l->conns && i < l->c.n_conns; i++) {
         struct conn *c = &l->conns[i];
         if (c->fd >= 0)
-            nbd_close(c->fd);
+            nbd_close(c->fd, l->e.extended);
         free(c->out);
         free(c->in);
         free(c->slots);

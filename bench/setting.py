@@ -43,12 +43,12 @@ class Setting:
             raise Unsupported(f'{tool} has not been built')
         out = subprocess.run([self.tools[tool], *map(str, arguments)], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, check=False)
-        if out.returncode == 77:
-            raise Unsupported(out.stderr.strip())
+        if out.returncode == 77:  # it says so itself
+            raise Unsupported(out.stderr.strip().removeprefix(f'{tool}: '))
         if out.returncode != 0:
             kind = NoAnswer if re.search('does not answer|hung up', out.stderr) else CaseError
             raise kind(f'{tool} {" ".join(map(str, arguments))}: {out.stderr.strip()} {out.stdout.strip()}')
-        return json.loads(out.stdout)
+        return json.loads(out.stdout) if out.stdout else {}
 
     def load(self, daemon, arguments):
         """nbdload on a running daemon."""
