@@ -64,7 +64,9 @@ def own(results):
     value = median(results, SUBJECT, 'own')
     if value is None:
         return '-'
-    return f"{value:.3f} {spread([n['own'] for n in results[SUBJECT] if 'own' in n])}".rstrip()
+    cpu = median(results, SUBJECT, 'own_cpu')
+    text = f'{value:.3f}' + (f' / {cpu:.2f}' if cpu is not None else '')
+    return f"{text} {spread([n['own'] for n in results[SUBJECT] if 'own' in n])}".rstrip()
 
 
 def foreign(results):
@@ -93,7 +95,7 @@ class Table:
     def __init__(self, peers):
         self._columns = columns(peers)
         heads = ['case', 'unit', *[name for name, _ in self._columns]]
-        wide = {'own ratio': 19, 'A/A': 23, 'foreign': 7}
+        wide = {'own ratio': 25, 'A/A': 23, 'foreign': 7}
         self._widths = [30, 15, *[wide.get(h, max(15, len(h))) for h in heads[2:]]]
         print_row(heads, self._widths)
         print_row(['---'] * len(heads), self._widths)
@@ -104,13 +106,16 @@ class Table:
 
 def print_latency(rows, peers):
     """Another table, of p50 and p99."""
+    timed = [row for row in rows
+             if any('p99_us' in n for runs in row['results'].values() for n in runs)]
+    if not timed:
+        return
     names = [p.name for p in peers]
     widths = [30, *[max(15, len(n)) for n in names]]
     print('\nLatency, p50 / p99 us\n')
     print_row(['case', *names], widths)
     print_row(['---'] * len(widths), widths)
-    for row in rows:
+    for row in timed:
         results = row['results']
-        if any('p99_us' in n for runs in results.values() for n in runs):
-            print_row([row['name'], *[cell(results, n, ('p50_us', 'p99_us')) if n in results else '-'
-                                      for n in names]], widths)
+        print_row([row['name'], *[cell(results, n, ('p50_us', 'p99_us')) if n in results else '-'
+                                  for n in names]], widths)
