@@ -10,7 +10,7 @@ import time
 from io_cases import bitmap_counts, io_numbers
 from peers import EXPORT
 from qmp import QmpError
-from scratch import CLUSTER, MIB
+from scratch import CLUSTER, MIB, data_extents, pieces
 from setting import CaseError, Unsupported
 
 COPY = 8 * MIB  # one copy_file_range
@@ -45,24 +45,6 @@ def run_backup(daemon, qmp, target, durable=True, **arguments):
     numbers = {'value': time.monotonic() - start, 'cpu': daemon.cpu_seconds() - cpu}
     qmp.execute('blockdev-del', node_name='target')
     return numbers
-
-
-def data_extents(f):
-    """(offset, length) of the parts of a file that are not holes."""
-    end, size = 0, os.fstat(f.fileno()).st_size
-    while end < size:
-        try:
-            start = os.lseek(f.fileno(), end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(f.fileno(), start, os.SEEK_HOLE)
-        yield start, end - start
-
-
-def pieces(extents, size):
-    for start, length in extents:
-        for offset in range(start, start + length, size):
-            yield offset, min(size, start + length - offset)
 
 
 def must_match(one, other):
@@ -117,12 +99,8 @@ def timed_copy(source, target, durable, copy, *arguments):
 # ---- The time of a backup ----
 
 def prepared(s):
-    """Source and target. Nothing else is dirty, and the source is in memory, since both may have
-    been pushed out by what came before."""
+    """Source and target; nothing else on this machine is dirty."""
     source, target = s.scratch.half_filled(), s.scratch.target(s.scratch.backup_size)
-    with open(source, 'rb') as f:
-        for offset, length in pieces(data_extents(f), MIB):
-            os.pread(f.fileno(), length, offset)
     os.sync()
     return source, target
 
@@ -176,7 +154,7 @@ GUEST_ROUNDS = 3
 def guest_load(s, daemon):
     """A number of writes, not a time: of them the same share meets blocks that are not yet saved,
     however fast the server is."""
-    granules = os.stat(s.scratch.guest()).st_size // CLUSTER
+    granules = s.scratch.guest_size // CLUSTER
     numbers = io_numbers(s.load(daemon, f'--depth 16 --reads 0 --requests {max(1000, granules * 3 // 10)} '
                                         f'--recheck --seed {s.scratch.seed()}'))
     return {'value': numbers['p99_us'], 'cpu': numbers['cpu'], 'p50_us': numbers['p50_us'],
@@ -185,7 +163,7 @@ def guest_load(s, daemon):
 
 def guest_during_backup(s, daemon, qmp):
     """The job must last longer than the load, and is then given up."""
-    target = s.scratch.target(os.stat(s.scratch.guest()).st_size)
+    target = s.scratch.target(s.scratch.guest_size)
     add_target(daemon, qmp, target, durable=True)
     qmp.execute('blockdev-backup', job_id='backup', device=EXPORT, target='target', sync='full', speed=SPEED)
     numbers = guest_load(s, daemon)

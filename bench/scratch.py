@@ -31,6 +31,32 @@ def sync(path):
         os.close(fd)
 
 
+def data_extents(f):
+    """(offset, length) of the parts of a file that are not holes."""
+    end, size = 0, os.fstat(f.fileno()).st_size
+    while end < size:
+        try:
+            start = os.lseek(f.fileno(), end, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(f.fileno(), start, os.SEEK_HOLE)
+        yield start, end - start
+
+
+def pieces(extents, size):
+    for start, length in extents:
+        for offset in range(start, start + length, size):
+            yield offset, min(size, start + length - offset)
+
+
+def warm(path):
+    """The page cache holds the file from now on, if there is memory for it."""
+    buffer = bytearray(MIB)
+    with open(path, 'rb') as f:
+        for offset, _ in pieces(data_extents(f), MIB):
+            os.preadv(f.fileno(), [buffer], offset)
+
+
 def forget_pages(path):
     """What the page cache holds of a file is dropped, so that direct I/O meets nothing there."""
     fd = os.open(path, os.O_RDONLY)
@@ -61,6 +87,7 @@ class Scratch:
     def __init__(self, folder, nbdload, image_size, backup_size):
         self.folder, self.nbdload = folder, nbdload
         self.image_size, self.backup_size = image_size, backup_size
+        self.guest_size = backup_size // 2
         self._seed = 1
 
     def seed(self):
@@ -81,21 +108,25 @@ class Scratch:
         sync(path)
         if medium.direct:
             forget_pages(path)
+        else:
+            warm(path)
         return path
 
     def half_filled(self):
-        """A file with as much data as holes, for backups. Incremental ones change it a little, which
+        """A file with as much data as holes, for backups, in the page cache. Incremental ones change it a little, which
         does not matter: they come after the full ones."""
         path = self.folder / 'half.raw'
         if not path.exists():
             write_half_filled(path, self.backup_size)
         sync(path)
+        warm(path)
         return path
 
     def guest(self):
         """A file of half the size of a backup, all data, for a guest that writes during one."""
-        path = self._pattern(self.folder / 'guest.raw', self.backup_size // 2)
+        path = self._pattern(self.folder / 'guest.raw', self.guest_size)
         sync(path)
+        warm(path)
         return path
 
     def target(self, size):
