@@ -10,7 +10,7 @@ import time
 from io_cases import bitmap_counts, io_numbers
 from peers import EXPORT
 from qmp import QmpError
-from scratch import CLUSTER, MIB, data_extents, pieces
+from scratch import CLUSTER, MIB, data_extents, pieces, sync
 from setting import CaseError, Unsupported
 
 COPY = 8 * MIB  # one copy_file_range
@@ -143,7 +143,7 @@ def backup_incremental(s, durable):
             qmp.execute('block-dirty-bitmap-add', node=EXPORT, name='b0', granularity=CLUSTER)
             s.load(daemon, f'--reads 0 --block {CLUSTER} --depth 16 --requests {n} '
                            f'--seed {s.scratch.seed()}')
-            os.sync()
+            sync(source)
             dirty = bitmap_counts(qmp)[0]
             numbers = run_backup(daemon, qmp, target, durable=durable, sync='incremental', bitmap='b0')
             left = bitmap_counts(qmp)[0]
@@ -190,12 +190,13 @@ def guest_during_backup(s, daemon, qmp):
 def guest_latency(s):
     """99 of 100 writes of a guest are faster than this. 'own': during the backup : without."""
     rounds = []
-    with s.daemon(s.scratch.guest()) as daemon:
+    guest = s.scratch.guest()
+    with s.daemon(guest) as daemon:
         qmp = daemon.monitor()
         for _ in range(1 if s.quick else GUEST_ROUNDS):
-            os.sync()
+            sync(guest)
             alone = guest_load(s, daemon)
-            os.sync()
+            sync(guest)
             rounds.append((alone, guest_during_backup(s, daemon, qmp)))
     rows = {}
     for i, name in enumerate(('alone', 'backup')):
