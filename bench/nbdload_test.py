@@ -38,12 +38,17 @@ class Server:
         self.listener = socket.socket(family)
         self.listener.bind(self.path if family == socket.AF_UNIX else ('127.0.0.1', 0))
         self.listener.listen()
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.acceptor = threading.Thread(target=self.accept, daemon=True)
+        self.acceptor.start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        # Closed only when nobody is in accept(): the next server may get the same file descriptor, and
+        # a thread of this one would take its clients.
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.acceptor.join()
         self.listener.close()
         self.folder.cleanup()
 
