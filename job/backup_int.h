@@ -25,21 +25,22 @@
 #define BACKUP_SPILL_WAIT 5000000000u         /* how long a guest write may wait for some of it */
 #define BACKUP_MAX_WORKERS 64u
 
+/* Old data of one granule, waiting to be written to the target. */
+struct kept {
+    uint64_t off, len;
+    void *buf;
+    bool over; /* a worker may have written something else there */
+    TAILQ_ENTRY(kept) link;
+};
+TAILQ_HEAD(kept_list, kept);
+
 struct claim {
     uint64_t off, end;
     bool by_guest;
     bool hole;   /* a worker's: known to read as zero, may be longer than a unit */
     bool ending; /* a worker's, about to end: its outcome is being noted, guests wait that long */
+    struct kept_list kept; /* a worker's: what was kept meanwhile, and follows when it has ended */
     TAILQ_ENTRY(claim) link;
-};
-
-/* Old data of one granule, waiting to be written to the target. */
-struct kept {
-    uint64_t off, len;
-    void *buf;
-    struct claim *after; /* a worker's claim that has to end first */
-    bool over;           /* a worker may have written something else there */
-    TAILQ_ENTRY(kept) link;
 };
 
 /* A guest write that waits for memory. */
@@ -69,7 +70,7 @@ struct backup {
 
     struct spin lock;
     TAILQ_HEAD(, claim) claims;
-    TAILQ_HEAD(kept_list, kept) spill;
+    struct kept_list spill; /* oldest first */
     TAILQ_HEAD(, starving) starving;
     struct co_queue claim_ended;
     _Atomic unsigned n_claims;

@@ -24,11 +24,12 @@ static struct claim *claim_at(struct backup *b, uint64_t off, uint64_t end)
     return NULL;
 }
 
-static bool kept_after(struct backup *b, const struct claim *c, uint64_t off)
+/* Has the old data of this granule of a worker's unit been kept? */
+static bool is_kept(const struct claim *c, uint64_t off)
 {
     struct kept *k;
-    TAILQ_FOREACH (k, &b->spill, link) {
-        if (k->after == c && k->off == off)
+    TAILQ_FOREACH (k, &c->kept, link) {
+        if (k->off == off)
             return true;
     }
     return false;
@@ -36,16 +37,11 @@ static bool kept_after(struct backup *b, const struct claim *c, uint64_t off)
 
 void backup_claim_end(struct backup *b, struct claim *c)
 {
-    struct kept *k;
-    bool waited = false;
     spin_lock(&b->lock);
+    bool waited = !c->by_guest && !TAILQ_EMPTY(&c->kept);
     TAILQ_REMOVE(&b->claims, c, link);
-    TAILQ_FOREACH (k, &b->spill, link) {
-        if (k->after == c) {
-            k->after = NULL;
-            waited = true;
-        }
-    }
+    if (waited)
+        TAILQ_CONCAT(&b->spill, &c->kept, link);
     co_queue_wake_all(&b->claim_ended);
     atomic_fetch_sub(&b->n_claims, 1);
     spin_unlock(&b->lock);
@@ -133,9 +129,9 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
         struct claim *c;
         TAILQ_FOREACH (c, &b->claims, link) {
             if (c == after)
-                k->after = after;
+                break;
         }
-        TAILQ_INSERT_TAIL(&b->spill, k, link);
+        TAILQ_INSERT_TAIL(after && c ? &c->kept : &b->spill, k, link);
         spin_unlock(&b->lock);
         io_event_set(&b->worker[b->n_workers].kick);
         return;
@@ -158,7 +154,7 @@ static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end, uin
     spin_lock(&b->lock);
     while ((c = claim_at(b, off, end)) && (c->by_guest || c->ending))
         co_queue_wait(&b->claim_ended, &b->lock);
-    bool mine_to_do = c ? !kept_after(b, c, off) : bitmap_test(b->todo, off);
+    bool mine_to_do = c ? !is_kept(c, off) : bitmap_test(b->todo, off);
     if (mine_to_do) {
         atomic_fetch_add(&b->n_claims, 1);
         TAILQ_INSERT_HEAD(&b->claims, &mine,

@@ -170,6 +170,7 @@ static enum take take_unit(struct backup *b, struct claim *c)
         uint64_t hole = known_hole(b, off);
         *c = (struct claim){.off = off, .hole = hole > 0};
         c->end = off + MIN(len, hole ? hole : unit_size(b));
+        TAILQ_INIT(&c->kept);
         b->cursor = c->end;
         atomic_fetch_add(&b->n_claims, 1);
         TAILQ_INSERT_TAIL(&b->claims, c, link);
@@ -183,21 +184,18 @@ static enum take take_unit(struct backup *b, struct claim *c)
     return TAKE_ONE;
 }
 
-/* Has a guest write kept the old data of this granule, or is one just doing so? Caller holds the
- * lock. */
-static bool is_kept(struct backup *b, const struct claim *c, uint64_t off)
+/* Which granules of the unit has a guest write kept, or is one just keeping? Caller holds the lock.
+ */
+static void note_kept(struct backup *b, const struct claim *c, bool *kept)
 {
     struct claim *g;
     struct kept *k;
     TAILQ_FOREACH (g, &b->claims, link) {
-        if (g->by_guest && g->off == off)
-            return true;
+        if (g->by_guest && c->off <= g->off && g->off < c->end)
+            kept[(g->off - c->off) / b->granule] = true;
     }
-    TAILQ_FOREACH (k, &b->spill, link) {
-        if (k->after == c && k->off == off)
-            return true;
-    }
-    return false;
+    TAILQ_FOREACH (k, &c->kept, link)
+        kept[(k->off - c->off) / b->granule] = true;
 }
 
 static void progress(struct backup *b, uint64_t len)
@@ -217,14 +215,12 @@ static void note_copied(struct backup *b, uint64_t off, uint64_t len)
  * keeps a granule between our look and our note. */
 static void end_unit(struct backup *b, struct claim *c)
 {
-    bool kept[BACKUP_HOLE_MAX / BACKUP_GRANULE_MIN];
+    bool kept[BACKUP_HOLE_MAX / BACKUP_GRANULE_MIN] = {0};
     unsigned n = 0;
     spin_lock(&b->lock);
     c->ending = true;
-    for (uint64_t off = c->off; off < c->end; off += b->granule)
-        kept[n++] = is_kept(b, c, off);
+    note_kept(b, c, kept);
     spin_unlock(&b->lock);
-    n = 0;
     for (uint64_t off = c->off; off < c->end; off += b->granule) {
         if (!kept[n++])
             note_copied(b, off, MIN(b->granule, c->end - off));
@@ -361,12 +357,8 @@ void backup_worker(void *arg)
 
 static struct kept *take_kept(struct backup *b)
 {
-    struct kept *k;
     spin_lock(&b->lock);
-    TAILQ_FOREACH (k, &b->spill, link) {
-        if (!k->after)
-            break;
-    }
+    struct kept *k = TAILQ_FIRST(&b->spill);
     spin_unlock(&b->lock);
     return k; /* stays in the list: until it is written it is the only copy */
 }
