@@ -125,13 +125,14 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
     if (r == 0) {
         *k = (struct kept){.off = off, .len = len, .buf = k->buf, .over = after != NULL};
         spin_lock(&b->lock);
-        /* The worker may have ended while we read; then nothing has to be waited for. */
+        /* The worker may have ended while we read; then nothing has to be waited for. Its claim is
+         * known by what it covers: at its address there may be another one by now. */
         struct claim *c;
         TAILQ_FOREACH (c, &b->claims, link) {
-            if (c == after)
+            if (!c->by_guest && c->off <= off && off < c->end)
                 break;
         }
-        TAILQ_INSERT_TAIL(after && c ? &c->kept : &b->spill, k, link);
+        TAILQ_INSERT_TAIL(c ? &c->kept : &b->spill, k, link);
         spin_unlock(&b->lock);
         io_event_set(&b->worker[b->n_workers].kick);
         return;
