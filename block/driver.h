@@ -12,6 +12,7 @@
 #include "io/io.h"
 
 #define NODE_MAX_CHILDREN 4u
+#define BITMAP_BUCKETS 64u /* of names of bitmaps; clients have had a thousand on a node */
 #define NODE_MAX_DEPTH 64u /* nodes above each other: I/O and the graph's walks recurse */
 
 struct io_file;
@@ -92,7 +93,9 @@ struct node {
     unsigned n_parents;
     unsigned n_roots, perm;
 
-    struct dirty_bitmap *bitmaps;
+    struct dirty_bitmap *bitmaps, *last_bitmap;
+    struct dirty_bitmap *by_name[BITMAP_BUCKETS];
+    unsigned n_bitmaps;
     struct mark_set *marks; /* changes while the node is quiesced for writes */
     struct node_hook *hooks;
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The tracker of a node.
  *
- * A write reads one thing: node->marks, the array of bitmaps it has to mark. The array is rebuilt
+ * A write reads one thing: node->marks, the array of bitmaps it has to mark. The array is changed
  * whenever a bitmap comes, goes, is switched or frozen, always while the node is quiesced, so a
  * marker never meets a change. Its room is reserved when a bitmap is attached and never given back
  * while the node lives: what an undo does (reattach, enable) must not need memory.
@@ -142,14 +142,6 @@ void tracker_mark(struct node *n, uint64_t off, uint64_t len)
         bitmap_mark(s->bits[i], off, len, r);
 }
 
-static unsigned count_bitmaps(const struct node *n)
-{
-    unsigned k = 0;
-    for (struct dirty_bitmap *b = n->bitmaps; b; b = b->next)
-        k++;
-    return k;
-}
-
 static int marks_reserve(struct node *n, unsigned cap)
 {
     if (n->marks && n->marks->cap >= cap)
@@ -165,17 +157,38 @@ static int marks_reserve(struct node *n, unsigned cap)
     return 0;
 }
 
-static void marks_rebuild(struct node *n)
+/* What takes the marks of `b`, or NULL. */
+static struct bitmap *marked(const struct dirty_bitmap *b)
 {
-    assert(node_is_quiesced(n, QUIESCE_WRITES));
-    struct mark_set *s = n->marks;
-    s->n = 0;
-    for (struct dirty_bitmap *b = n->bitmaps; b; b = b->next) {
-        if (b->enabled && !b->inconsistent) {
-            assert(s->n < s->cap);
-            s->bits[s->n++] = b->successor ? b->successor : b->bits;
-        }
-    }
+    if (!b->enabled || b->inconsistent)
+        return NULL;
+    return b->successor ? b->successor : b->bits;
+}
+
+/* `b` is about to change, or has changed, in what it marks. Lists of a thousand actions do this a
+ * thousand times, so only its own entry is touched. */
+static void marks_remove(struct dirty_bitmap *b)
+{
+    struct mark_set *s = b->node->marks;
+    struct bitmap *bits = marked(b);
+    assert(node_is_quiesced(b->node, QUIESCE_WRITES));
+    if (!bits)
+        return;
+    unsigned i = 0;
+    while (s->bits[i] != bits)
+        i++;
+    s->bits[i] = s->bits[--s->n];
+}
+
+static void marks_add(struct dirty_bitmap *b)
+{
+    struct mark_set *s = b->node->marks;
+    struct bitmap *bits = marked(b);
+    assert(node_is_quiesced(b->node, QUIESCE_WRITES));
+    if (!bits)
+        return;
+    assert(s->n < s->cap);
+    s->bits[s->n++] = bits;
 }
 
 /* ------------------------------------------------------------------ finding and making */
@@ -185,11 +198,26 @@ struct dirty_bitmap *node_bitmaps(const struct node *n)
     return n->bitmaps;
 }
 
-static struct dirty_bitmap *find(const struct node *n, const char *name)
+/* FNV-1a, 32 bits. */
+static uint32_t hash_name(const char *name)
 {
-    struct dirty_bitmap *b = n->bitmaps;
-    while (b && strcmp(b->name, name))
-        b = b->next;
+    uint32_t h = 2166136261u;
+    for (; *name; name++)
+        h = (h ^ (unsigned char)*name) * 16777619u;
+    return h;
+}
+
+static struct dirty_bitmap **bucket(struct node *n, uint32_t hash)
+{
+    return &n->by_name[(hash ^ hash >> 16) % BITMAP_BUCKETS];
+}
+
+static struct dirty_bitmap *find(struct node *n, const char *name)
+{
+    uint32_t hash = hash_name(name);
+    struct dirty_bitmap *b = *bucket(n, hash);
+    while (b && (b->hash != hash || strcmp(b->name, name)))
+        b = b->same_bucket;
     return b;
 }
 
@@ -267,6 +295,7 @@ int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, boo
     }
     b->enabled = !disabled;
     b->node = n;
+    b->hash = hash_name(name);
     dirty_bitmap_renew(b);
     *out = b;
     return 0;
@@ -295,60 +324,74 @@ void dirty_bitmap_free(struct dirty_bitmap *b)
 
 /* ------------------------------------------------------------------ changes */
 
+/* Into the list, in front of `before` (NULL: at the end), and into the table of names. */
+static void link_in(struct dirty_bitmap *b, struct node *n, struct dirty_bitmap *before)
+{
+    struct dirty_bitmap **at = bucket(n, b->hash);
+    b->next = before;
+    b->prev = before ? before->prev : n->last_bitmap;
+    *(b->prev ? &b->prev->next : &n->bitmaps) = b;
+    *(before ? &before->prev : &n->last_bitmap) = b;
+    b->same_bucket = *at;
+    *at = b;
+    n->n_bitmaps++;
+    marks_add(b);
+}
+
 int tracker_attach(struct dirty_bitmap *b, struct node *n)
 {
-    int r = marks_reserve(n, count_bitmaps(n) + 1);
-    if (r < 0)
-        return r;
-    b->next = n->bitmaps;
-    n->bitmaps = b;
-    marks_rebuild(n);
-    return 0;
+    int r = marks_reserve(n, n->n_bitmaps + 1);
+    if (r == 0)
+        link_in(b, n, n->bitmaps);
+    return r;
 }
 
 void tracker_detach(struct dirty_bitmap *b)
 {
     struct node *n = b->node;
-    struct dirty_bitmap **p = &n->bitmaps;
-    while (*p != b)
-        p = &(*p)->next;
-    *p = b->next;
-    marks_rebuild(n);
+    struct dirty_bitmap **at = bucket(n, b->hash);
+    marks_remove(b);
+    while (*at != b)
+        at = &(*at)->same_bucket;
+    *at = b->same_bucket;
+    *(b->prev ? &b->prev->next : &n->bitmaps) = b->next;
+    *(b->next ? &b->next->prev : &n->last_bitmap) = b->prev;
+    n->n_bitmaps--;
 }
 
 void tracker_reattach(struct dirty_bitmap *b, struct node *n, struct dirty_bitmap *before)
 {
-    struct dirty_bitmap **p = &n->bitmaps;
-    while (*p != before)
-        p = &(*p)->next;
-    b->next = *p;
-    *p = b;
-    marks_rebuild(n);
+    link_in(b, n, before);
 }
 
 void dirty_bitmap_set_enabled(struct dirty_bitmap *b, bool enabled)
 {
+    marks_remove(b);
     b->enabled = enabled;
-    marks_rebuild(b->node);
+    marks_add(b);
 }
 
 int dirty_bitmap_freeze(struct dirty_bitmap *b)
 {
     assert(!b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
-    int r = bitmap_new(bitmap_size(b->bits), bitmap_shift(b->bits), &b->successor);
+    struct bitmap *successor;
+    int r = bitmap_new(bitmap_size(b->bits), bitmap_shift(b->bits), &successor);
     if (r < 0)
         return r;
+    marks_remove(b);
+    b->successor = successor;
     b->n_busy++;
-    marks_rebuild(b->node);
+    marks_add(b);
     return 0;
 }
 
 static void end_freeze(struct dirty_bitmap *b)
 {
     struct bitmap *done = b->successor;
+    marks_remove(b);
     b->successor = NULL;
     b->n_busy--;
-    marks_rebuild(b->node);
+    marks_add(b);
     graph_bitmap_free_later(b->node->graph, done);
 }
 

@@ -33,7 +33,9 @@ struct dirty_bitmap {
      * backup that consumed it, enable and disable. No other bitmap of this daemon ever has the same
      * one. What is undone gives the old one back. */
     uint64_t generation;
-    struct dirty_bitmap *next; /* of the node, newest first */
+    struct dirty_bitmap *next, *prev; /* of the node, newest first */
+    uint32_t hash;                    /* of the name */
+    struct dirty_bitmap *same_bucket; /* in the node's table of names */
 };
 
 /* What an operation needs of a bitmap. Checked in the contract's order: busy, read-only,
