@@ -977,6 +977,89 @@ static void direct_pool_body(struct io *io)
     io_buf_put(b, MIB);
 }
 
+/* Nothing is written on the loop where a write may hang. */
+static void may_hang_body(struct io *io)
+{
+    struct io_file *f = open_new("slow", 0);
+    struct real_file *rf = (struct real_file *)f;
+    struct co_group group = CO_GROUP_INIT;
+    struct queued q[2];
+    unsigned done = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        rf->may_hang = i;
+        q[i] = (struct queued){f, i, &done, 0, false, &group};
+        co_group_add(&group, 1);
+        CHECK_EQ(loop_run_now(queued_main, &q[i]), 0);
+        CHECK(done == 1 || rf->inode->slow_until);
+    }
+    co_group_wait(&group);
+    CHECK_EQ(done, 2);
+    rf->may_hang = false;
+    io_close(f);
+}
+
+struct hung {
+    struct pool_op op;
+    struct co_group *group;
+};
+
+static void hung_main(void *arg)
+{
+    struct hung *h = arg;
+    CHECK_EQ(pool_run(h->op.io->pool, &h->op), 0);
+    real_close(&h->op.file->file);
+    co_group_done(h->group);
+}
+
+/* Mounts that hang, more and busier than the pool has threads for: each gets its share, all of them
+ * together theirs, and a local disk goes on. (Opening a pipe hangs until it has another end.) */
+static void dead_mounts_body(struct io *io)
+{
+    enum { MOUNTS = 8, INODES = 5, OPS = 9, N = MOUNTS * INODES * OPS };
+    struct real_io *r = real_of(io);
+    struct hung *h = mem_calloc(N, sizeof *h);
+    struct pool_share *mount = mem_calloc(MOUNTS, sizeof *mount);
+    struct pool_share *inode = mem_calloc(MOUNTS * INODES, sizeof *inode);
+    struct pool_share all = {.level = SHARE_MOUNTS};
+    struct co_group group = CO_GROUP_INIT;
+    struct io_file *f = open_new("slow", 0);
+    char pipe[256];
+    strcpy(pipe, in_dir("pipe"));
+    CHECK(mkfifo(pipe, 0600) == 0);
+    for (unsigned i = 0; i < N; i++) {
+        unsigned k = i / OPS;
+        mount[k / INODES] = (struct pool_share){.level = SHARE_MOUNT, .up = &all};
+        inode[k].up = &mount[k / INODES];
+    }
+    for (unsigned i = 0; i < N; i++) {
+        h[i].op = (struct pool_op){.kind = POOL_OPEN,
+                                   .class = POOL_DATA,
+                                   .share = &inode[i / OPS],
+                                   .io = r,
+                                   .file = mem_zalloc(sizeof(struct real_file)),
+                                   .path = pipe};
+        h[i].op.file->file.io = io;
+        h[i].op.file->fd = -1;
+        h[i].group = &group;
+        co_group_add(&group, 1);
+        CHECK_EQ(loop_run_now(hung_main, &h[i]), 0);
+    }
+    CHECK_EQ(inode[0].busy[POOL_DATA], 8);
+    CHECK_EQ(mount[0].busy[POOL_DATA], 32);
+    CHECK_EQ(all.busy[POOL_DATA], 128);
+    CHECK_EQ(io_zero(f, 0, 4096, IO_ZERO_PUNCH), 0); /* takes a thread of the pool */
+    int other_end = open(pipe, O_RDWR | O_NONBLOCK);
+    CHECK(other_end >= 0);
+    co_group_wait(&group);
+    CHECK_EQ(all.busy[POOL_DATA], 0);
+    close(other_end);
+    unlink(pipe);
+    io_close(f);
+    mem_free(inode);
+    mem_free(mount);
+    mem_free(h);
+}
+
 /* ------------------------------------------------------------------ looking for holes */
 
 struct look_try {
@@ -1663,6 +1746,8 @@ ON_BOTH(slow)
 ON_BOTH(many_at_once)
 ON_BOTH(large_read)
 ON_BOTH(direct_pool)
+ON_BOTH(may_hang)
+ON_BOTH(dead_mounts)
 ON_BOTH(extent)
 ON_BOTH(scan)
 ON_BOTH(spin_learns)
@@ -1736,6 +1821,8 @@ int main(int argc, char **argv)
         BOTH(many_at_once),
         BOTH(large_read),
         BOTH(direct_pool),
+        BOTH(may_hang),
+        BOTH(dead_mounts),
         BOTH(extent),
         BOTH(scan),
         BOTH(spin_learns),

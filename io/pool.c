@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Threads for operations that may block. They are started when needed, up to MAX_THREADS, and
- * stay. One inode gets at most share_limit[] of them at a time; what is beyond waits with the
- * inode, not in the pool's queue, so that a mount that hangs holds up nobody else. */
+ * stay. A share of them is all that one inode gets at a time, one mount that may hang, and all such
+ * mounts together; what is beyond waits with the share, not in the pool's queue, so that a mount
+ * that hangs holds up nobody else. */
 #include <assert.h>
 #include <errno.h>
 
@@ -9,13 +10,17 @@
 #include "base/mem.h"
 #include "io/real.h"
 
-enum { MAX_THREADS = 64 };
+enum { MAX_THREADS = 256 };
 
-/* Two for what changes the file (they would only fight for the inode lock), more for reads and
- * direct I/O, where depth is what makes a disk fast; two for looking for holes, which waits for the
- * inode lock and must not keep reads from their threads. */
-static const unsigned share_limit[N_POOL_CLASSES] = {
-    [POOL_META] = 2, [POOL_DATA] = 8, [POOL_LOOK] = 2};
+/* An inode: two for what changes the file (they would only fight for the inode lock), more for
+ * reads and direct I/O, where depth is what makes a disk fast; two for looking for holes, which
+ * waits for the inode lock and must not keep reads from their threads. A mount: so that four dead
+ * ones leave something for the fifth. All mounts: so that local disks always find a thread. */
+static const unsigned share_limit[N_SHARE_LEVELS][N_POOL_CLASSES] = {
+    [SHARE_INODE] = {[POOL_META] = 2, [POOL_DATA] = 8, [POOL_LOOK] = 2},
+    [SHARE_MOUNT] = {[POOL_META] = 10, [POOL_DATA] = 32, [POOL_LOOK] = 4},
+    [SHARE_MOUNTS] = {[POOL_META] = 48, [POOL_DATA] = 128, [POOL_LOOK] = 16},
+};
 
 struct pool {
     pthread_mutex_t mutex;
@@ -59,19 +64,30 @@ static struct pool_op *queue_pop(struct pool_queue *q)
     return op;
 }
 
-/* The op takes its place in its inode's share, or waits for one. Mutex held. */
-static void admit(struct pool *p, struct pool_op *op)
+/* The op takes its place in share `s` and those above it, or waits for one. Mutex held. */
+static void admit(struct pool *p, struct pool_op *op, struct pool_share *s)
 {
-    struct pool_share *s = op->share;
-    if (s && s->busy[op->class] >= share_limit[op->class]) {
-        queue_push(&s->waiting[op->class], op);
-        return;
-    }
-    if (s)
+    for (; s; s = s->up) {
+        if (s->busy[op->class] >= share_limit[s->level][op->class]) {
+            queue_push(&s->waiting[op->class], op);
+            return;
+        }
         s->busy[op->class]++;
+    }
     queue_push(&p->queue, op);
     p->n_queued++;
     pthread_cond_signal(&p->work);
+}
+
+/* The op gives its places back, each to the first who waits for it. Mutex held. */
+static void dismiss(struct pool *p, struct pool_op *op)
+{
+    for (struct pool_share *s = op->share; s; s = s->up) {
+        s->busy[op->class]--;
+        struct pool_op *next = queue_pop(&s->waiting[op->class]);
+        if (next)
+            admit(p, next, s);
+    }
 }
 
 static void *worker(void *arg)
@@ -92,13 +108,7 @@ static void *worker(void *arg)
         pthread_mutex_unlock(&p->mutex);
         op->result = run_op[op->kind](op);
         pthread_mutex_lock(&p->mutex);
-        struct pool_share *s = op->share;
-        if (s) {
-            s->busy[op->class]--;
-            struct pool_op *next = queue_pop(&s->waiting[op->class]);
-            if (next)
-                admit(p, next);
-        }
+        dismiss(p, op);
         /* The last word about `op`: its memory, and soon its inode's, is the waiter's again. */
         co_wake(op->co);
     }
@@ -135,7 +145,7 @@ co_fn ssize_t pool_run(struct pool *p, struct pool_op *op)
         pthread_mutex_unlock(&p->mutex);
         return run_op[op->kind](op);
     }
-    admit(p, op);
+    admit(p, op, op->share);
     pthread_mutex_unlock(&p->mutex);
     co_yield();
     return op->result;

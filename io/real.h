@@ -68,6 +68,22 @@ struct backend {
     void (*free_loops)(struct real_io *);
 };
 
+/* How much of the pool one inode may take, one mount that may hang, and all of those, so that a
+ * dead mount leaves threads for the others. */
+enum pool_class { POOL_META, POOL_DATA, POOL_LOOK, N_POOL_CLASSES };
+enum share_level { SHARE_INODE, SHARE_MOUNT, SHARE_MOUNTS, N_SHARE_LEVELS };
+
+struct pool_queue {
+    struct pool_op *head, *tail;
+};
+/* Guarded by the pool's mutex, but for the first two. */
+struct pool_share {
+    enum share_level level;
+    struct pool_share *up; /* a place here takes one there, too; NULL: the last */
+    unsigned busy[N_POOL_CLASSES];
+    struct pool_queue waiting[N_POOL_CLASSES];
+};
+
 #define N_INODE_BUCKETS 64u
 
 struct real_io {
@@ -75,8 +91,10 @@ struct real_io {
     struct io_ops ops; /* with name and kick of the backend */
     const struct backend *be;
     struct pool *pool;
-    pthread_mutex_t inode_mutex; /* guards the table and the reference counts in it */
+    pthread_mutex_t inode_mutex; /* guards both tables and the reference counts in them */
     struct inode *inodes[N_INODE_BUCKETS];
+    struct mount *mounts;
+    struct pool_share mounts_share;
     sigset_t signals;
     /* Threads that hang in a system call (a dead mount) are left behind so long after io_stop(),
      * and with them all they may still touch. */
@@ -103,18 +121,6 @@ void cond_init(pthread_cond_t *c);
 bool cond_wait(pthread_cond_t *c, pthread_mutex_t *mutex, uint64_t deadline);
 
 /* ------------------------------------------------------------------ pool */
-
-/* How much of the pool one inode may take, so that a dead mount leaves threads for the others. */
-enum pool_class { POOL_META, POOL_DATA, POOL_LOOK, N_POOL_CLASSES };
-
-struct pool_queue {
-    struct pool_op *head, *tail;
-};
-/* Of one inode; guarded by the pool's mutex. */
-struct pool_share {
-    unsigned busy[N_POOL_CLASSES];
-    struct pool_queue waiting[N_POOL_CLASSES];
-};
 
 /* An operation that may block, by name. It lives on the stack of the coroutine that waits. */
 enum pool_kind {
@@ -190,13 +196,22 @@ ssize_t sock_do_connect(struct pool_op *op);
 
 struct role_req;
 
+/* One for all open files of a mount that may hang. */
+struct mount {
+    uint64_t dev;
+    unsigned refs; /* inodes */
+    struct mount *next;
+    struct pool_share share;
+};
+
 /* One for all open files of an inode: who may write, where data was seen, its share of the pool. */
 struct inode {
     uint64_t dev, ino;
     bool block;
     unsigned refs;
     struct inode *next;
-    struct spin spin; /* guards the writer role */
+    struct mount *mount; /* NULL: local */
+    struct spin spin;    /* guards the writer role */
     bool role_held;
     struct role_req *role_head, *role_tail;
     _Atomic uint64_t slow_until; /* writes go to the pool until then */
@@ -216,6 +231,7 @@ struct real_file {
     struct io_file file; /* first */
     int fd;
     bool direct, block, memory;
+    bool may_hang; /* behind a network or another process: no write on a loop */
     uint32_t align;
     struct inode *inode;
     _Atomic int read_mode, write_mode; /* enum nowait */

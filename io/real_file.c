@@ -10,6 +10,9 @@
  * hands it to the next in the queue. Nobody waits for a lock; who queued goes on with other work.
  * A write that took over SLOW_NS sends the inode's writes to the pool for SLOW_FOR_NS.
  *
+ * File systems behind a network or another process (NFS, CIFS, 9p, FUSE) know no RWF_NOWAIT, and
+ * any call to them may hang for as long as the other side likes: nothing of them is done on a loop.
+ *
  * Flush: a sync covers what completed before it *starts*, so a flush may join a sync only while
  * that one waits to start. One runs, one waits, the rest join the waiting one.
  *
@@ -94,8 +97,53 @@ static uint64_t inode_hash(uint64_t dev, uint64_t ino)
     return ((ino ^ dev << 7) * 0x9e3779b97f4a7c15u) >> 58; /* 6 bits */
 }
 
+/* Mutex held. NULL: no memory. */
+static struct mount *mount_get(struct real_io *io, uint64_t dev)
+{
+    struct mount *m = io->mounts;
+    while (m && m->dev != dev)
+        m = m->next;
+    if (!m && (m = mem_zalloc(sizeof *m))) {
+        io->mounts_share.level = SHARE_MOUNTS;
+        m->dev = dev;
+        m->share = (struct pool_share){.level = SHARE_MOUNT, .up = &io->mounts_share};
+        m->next = io->mounts;
+        io->mounts = m;
+    }
+    if (m)
+        m->refs++;
+    return m;
+}
+
+static void mount_put(struct real_io *io, struct mount *m)
+{
+    if (!m || --m->refs)
+        return;
+    struct mount **at = &io->mounts;
+    while (*at != m)
+        at = &(*at)->next;
+    *at = m->next;
+    mem_free(m);
+}
+
+/* Mutex held. NULL: no memory. */
+static struct inode *inode_new(struct real_io *io, uint64_t dev, uint64_t ino, bool may_hang)
+{
+    struct inode *n = mem_zalloc(sizeof *n);
+    if (n && may_hang && !(n->mount = mount_get(io, dev))) {
+        mem_free(n);
+        return NULL;
+    }
+    if (n) {
+        n->dev = dev;
+        n->ino = ino;
+        n->share.up = n->mount ? &n->mount->share : NULL;
+    }
+    return n;
+}
+
 /* Any thread. NULL: no memory. */
-static struct inode *inode_get(struct real_io *io, const struct stat *st)
+static struct inode *inode_get(struct real_io *io, const struct stat *st, bool may_hang)
 {
     bool block = S_ISBLK(st->st_mode);
     uint64_t dev = block ? st->st_rdev : st->st_dev, ino = block ? 0 : st->st_ino;
@@ -104,9 +152,7 @@ static struct inode *inode_get(struct real_io *io, const struct stat *st)
     for (n = *bucket; n; n = n->next)
         if (n->dev == dev && n->ino == ino && n->block == block)
             break;
-    if (!n && (n = mem_zalloc(sizeof *n))) {
-        n->dev = dev;
-        n->ino = ino;
+    if (!n && (n = inode_new(io, dev, ino, may_hang))) {
         n->block = block;
         n->next = *bucket;
         *bucket = n;
@@ -128,6 +174,7 @@ static void inode_put(struct real_io *io, struct inode *n)
     while (*at != n)
         at = &(*at)->next;
     *at = n->next;
+    mount_put(io, n->mount);
     pthread_mutex_unlock(&io->inode_mutex);
     assert(!n->role_held && !n->role_head);
     mem_free(n);
@@ -154,9 +201,10 @@ static uint32_t direct_align(int fd, bool block)
     return r == 512 ? 512 : 4096;
 }
 
-/* A file system that knows no RWF_NOWAIT (a network or user space mount) keeps a worker of the ring
- * for each request, and when it is dead it keeps them all. Its direct I/O is done in the pool,
- * where it has a share. Asked beyond any end, where nothing has to be read. */
+/* A file system that knows no RWF_NOWAIT (a network or user space mount) would keep a loop in its
+ * write, or a worker of the ring for each request, and when it is dead it keeps them all. Its I/O
+ * is done in the pool, where it has a share. Asked beyond any end, where nothing has to be read;
+ * the kernel refuses before it asks the file system. */
 static bool refuses_nowait(int fd)
 {
     char *buf = mem_aligned(4096, 4096);
@@ -165,6 +213,13 @@ static bool refuses_nowait(int fd)
     bool refuses = r < 0 && errno == EOPNOTSUPP;
     mem_free(buf);
     return refuses;
+}
+
+/* It refuses, and its files lie on disks of this machine all the same. */
+static bool is_overlay(int fd)
+{
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && fs.f_type == OVERLAYFS_SUPER_MAGIC;
 }
 
 static bool lives_in_memory(int fd)
@@ -187,9 +242,11 @@ ssize_t file_do_open(struct pool_op *op)
     f->align = f->direct ? direct_align(f->fd, f->block) : 1;
     /* A device node may lie in tmpfs; its data do not. */
     f->memory = S_ISREG(st.st_mode) && lives_in_memory(f->fd);
-    if (f->direct && !f->memory && refuses_nowait(f->fd))
+    if (!f->memory && refuses_nowait(f->fd)) {
         f->read_mode = NOWAIT_NEVER;
-    f->inode = inode_get(op->io, &st);
+        f->may_hang = !is_overlay(f->fd);
+    }
+    f->inode = inode_get(op->io, &st, f->may_hang);
     return f->inode ? 0 : -ENOMEM;
 }
 
@@ -656,7 +713,7 @@ co_fn ssize_t real_pwritev(struct io_file *file, const struct iovec *iov, int n,
         return write_durable(f, iov, n, off);
     if (f->direct && !f->memory)
         return finish_rw(f, true, iov, n, off, 0, 0, wants_pool(f));
-    if (is_slow(ino, real_now(file->io)))
+    if (f->may_hang || is_slow(ino, real_now(file->io)))
         return finish_rw(f, true, iov, n, off, 0, 0, true);
     struct role_req q = {.file = f, .iov = iov, .n = n, .off = off, .total = total};
     role_do(ino, &q);
