@@ -292,13 +292,26 @@ static co_fn void node_destroy(struct node *n)
     mem_free(n);
 }
 
-/* Queries walk the list of nodes and may yield between two of them. */
+/* The node and what goes with it are found no more; their names stay taken. */
+static void hide(struct node *n)
+{
+    n->opened = false;
+    for (unsigned i = 0; i < n->n_children; i++) {
+        struct node *c = n->child[i];
+        if (!c->owned && c->n_parents == 1 && !c->n_roots)
+            hide(c);
+    }
+}
+
+/* Queries walk the list of nodes and may yield at one of them: none may stand at this one when it
+ * goes. But closing may take as long as a disk likes, and queries do not wait for that. */
 static co_fn void destroy_unseen(struct node *n)
 {
     struct graph *g = n->graph;
     graph_effects_begin(g);
-    node_destroy(n);
+    hide(n);
     graph_effects_end(g);
+    node_destroy(n);
 }
 
 static struct node *node_alloc(struct graph *g, const struct driver_ops *ops)

@@ -29,7 +29,14 @@ struct file {
     bool locking;
     unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
     uint64_t file_end;       /* the file's own size where it is not a multiple of align */
+    /* Queries for the allocated size; control loop only. */
+    uint64_t allocated; /* the last answer */
+    unsigned n_asking;  /* questions that the kernel has not answered yet, */
+    unsigned n_overdue; /* those of them that nobody waits for any more */
+    struct io_event answered_all;
 };
+
+#define ANSWER_NS 100000000u /* how long a query waits for the disk's answer */
 
 /* ------------------------------------------------------------------ open and close */
 
@@ -99,6 +106,7 @@ static int file_open_with(struct node *n, const struct file_options *o, struct t
     n->size = st.size;
     n->align = n->direct && st.align > 1 ? st.align : 1;
     s->file_end = st.size;
+    s->allocated = st.allocated;
     return 0;
 }
 
@@ -132,6 +140,8 @@ static int host_device_open(struct node *n, const struct q_blockdev_options *o,
 static void file_close(struct node *n)
 {
     struct file *s = n->state;
+    while (s->n_asking)
+        io_event_wait(&s->answered_all, IO_FOREVER);
     io_close(s->f);
 }
 
@@ -288,11 +298,56 @@ static struct io_file *file_offload(struct node *n, uint64_t *base)
     return n->direct ? NULL : s->f;
 }
 
+/* ------------------------------------------------------------------ allocated size */
+
+/* A question for the allocated size. A mount that hangs does not answer, so whoever asked may leave
+ * before; then the question frees itself. */
+struct ask {
+    struct file *file;
+    bool over, left;
+    struct io_event answered;
+};
+
+static co_fn void ask_allocated(void *arg)
+{
+    struct ask *a = arg;
+    struct file *s = a->file;
+    struct io_stat st;
+    if (io_fstat(s->f, &st) == 0)
+        s->allocated = st.allocated;
+    a->over = true;
+    if (a->left) {
+        s->n_overdue--;
+        mem_free(a);
+    } else {
+        io_event_set(&a->answered);
+    }
+    if (--s->n_asking == 0)
+        io_event_set(&s->answered_all);
+}
+
+/* Waits ANSWER_NS at most: queries go on while a disk hangs, with what it said last. */
 static uint64_t file_allocated(struct node *n)
 {
     struct file *s = n->state;
-    struct io_stat st;
-    return io_fstat(s->f, &st) < 0 ? UINT64_MAX : st.allocated;
+    struct ask *a = s->n_overdue ? NULL : mem_zalloc(sizeof *a);
+    if (!a)
+        return s->allocated;
+    a->file = s;
+    s->n_asking++;
+    if (loop_run_now(ask_allocated, a) < 0) {
+        s->n_asking--;
+        mem_free(a);
+        return s->allocated;
+    }
+    if (!a->over)
+        io_event_wait(&a->answered, io_now(graph_io(n->graph)) + ANSWER_NS);
+    a->left = !a->over;
+    if (a->left)
+        s->n_overdue++;
+    else
+        mem_free(a);
+    return s->allocated;
 }
 
 #define FILE_OPS                                                                                   \
