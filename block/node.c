@@ -74,11 +74,14 @@ static bool overlaps_tracked(struct node *n, const struct tracked_write *w)
     return false;
 }
 
+/* What lies behind the last whole block cannot be written directly. A driver writes it by way of a
+ * cache, which may hold old contents of what lies before it: so that is done alone. */
 static co_fn void write_begin(struct node *n, struct tracked_write *w, uint64_t off, uint64_t len,
                               bool serialising)
 {
-    w->serialising = serialising;
-    w->off = round_down(off, n->align);
+    bool rest = off + len > round_down(n->size, n->align);
+    w->serialising = serialising || rest;
+    w->off = rest ? 0 : round_down(off, n->align);
     w->end = round_up(off + len, n->align);
     spin_lock(&n->writes_lock);
     while (overlaps_tracked(n, w))
@@ -120,15 +123,18 @@ void node_hook_remove(struct node *n, struct node_hook *h)
 
 /* ------------------------------------------------------------------ read */
 
+static bool whole_blocks(const struct node *n, uint64_t off, uint64_t len)
+{
+    return !((off | len) & (n->align - 1));
+}
+
 static bool aligned_for(const struct node *n, const struct iovec *iov, int niov, uint64_t off,
                         uint64_t len)
 {
-    if (n->align == 1)
-        return true;
-    uintptr_t bits = (uintptr_t)(off | len);
-    for (int i = 0; i < niov; i++)
+    uintptr_t bits = 0;
+    for (int i = 0; i < niov && n->align > 1; i++)
         bits |= (uintptr_t)iov[i].iov_base | iov[i].iov_len;
-    return !(bits & (n->align - 1));
+    return whole_blocks(n, off, len) && !(bits & (n->align - 1));
 }
 
 static co_fn int read_widened(struct node *n, const struct iovec *iov, int niov, uint64_t off,
@@ -159,7 +165,8 @@ int node_preadv(struct node *n, const struct iovec *iov, int niov, uint64_t off,
 
 /* ------------------------------------------------------------------ write */
 
-/* Patch `len` bytes into whole blocks. The caller holds the blocks. `iov` NULL writes zeroes. */
+/* Patch `len` bytes into whole blocks. The caller holds the blocks that are not written as a whole.
+ * `iov` NULL writes zeroes. */
 static co_fn int write_patched(struct node *n, const struct iovec *iov, int niov, uint64_t off,
                                uint64_t len, unsigned flags)
 {
@@ -169,10 +176,11 @@ static co_fn int write_patched(struct node *n, const struct iovec *iov, int niov
         return -ENOMEM;
     struct iovec head = {buf, n->align}, tail = {buf + (end - start) - n->align, n->align};
     struct iovec one = {buf, end - start};
+    bool one_block = end - start == n->align, odd_end = end != off + len;
     int r = 0;
-    if (start != off || end - start == n->align)
+    if (start != off || (odd_end && one_block))
         r = n->ops->preadv(n, &head, 1, start, n->align);
-    if (r == 0 && end != off + len && end - start > n->align)
+    if (r == 0 && odd_end && !one_block)
         r = n->ops->preadv(n, &tail, 1, end - n->align, n->align);
     if (r == 0) {
         if (iov)
@@ -208,13 +216,12 @@ int node_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off
         before_change(n, off, len);
         return n->ops->pwritev(n, iov, niov, off, len, flags);
     }
-    /* The copied buffer of a patched write is aligned whatever the caller's is. */
+    /* Whole blocks from memory that does not fit are copied all the same, but wait for nobody. */
     struct tracked_write w;
-    bool fits = aligned_for(n, iov, niov, off, len);
-    write_begin(n, &w, off, len, !fits);
+    write_begin(n, &w, off, len, !whole_blocks(n, off, len));
     before_change(n, off, len);
-    r = fits ? n->ops->pwritev(n, iov, niov, off, len, flags)
-             : write_patched(n, iov, niov, off, len, flags);
+    r = aligned_for(n, iov, niov, off, len) ? n->ops->pwritev(n, iov, niov, off, len, flags)
+                                            : write_patched(n, iov, niov, off, len, flags);
     write_end(n, &w);
     return r;
 }

@@ -8,6 +8,7 @@
  * docs/system/qemu-block-drivers, "image locking"; bytes as seen on 7.2). Permissions are taken
  * when the node gets its first user, so a node without users locks nothing. A writer of ours shares
  * writing with nobody: changes that pass us by could not be tracked. */
+#include <assert.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -26,9 +27,11 @@ enum { PERM_READ, PERM_WRITE, PERM_UNCHANGED, PERM_RESIZE, N_PERMS };
 
 struct file {
     struct io_file *f;
+    /* Where direct I/O cannot reach: the rest of a file behind its last whole block is written
+     * through the page cache. NULL: there is no rest, or nobody writes. */
+    struct io_file *rest;
     bool locking;
     unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
-    uint64_t file_end;       /* the file's own size where it is not a multiple of align */
     /* Queries for the allocated size; control loop only. */
     uint64_t allocated; /* the last answer */
     unsigned n_asking;  /* questions that the kernel has not answered yet, */
@@ -71,6 +74,19 @@ static int open_path(struct node *n, struct tide_error *err)
     return 0;
 }
 
+/* Opened by name a second time: it is to be the same file. */
+static co_fn int check_rest(struct node *n, const struct io_stat *st, struct tide_error *err)
+{
+    struct file *s = n->state;
+    struct io_stat again;
+    int r = s->rest ? io_fstat(s->rest, &again) : 0;
+    if (r == 0 && s->rest && (again.dev != st->dev || again.ino != st->ino))
+        r = -ESTALE;
+    return r < 0 ? tide_fail(err, r, "'%s' was replaced while it was opened: %s", n->filename,
+                             tide_strerror(-r))
+                 : 0;
+}
+
 struct file_options {
     const char *filename;
     bool device, locking;
@@ -105,9 +121,12 @@ static int file_open_with(struct node *n, const struct file_options *o, struct t
         return r;
     n->size = st.size;
     n->align = n->direct && st.align > 1 ? st.align : 1;
-    s->file_end = st.size;
     s->allocated = st.allocated;
-    return 0;
+    if (!n->read_only && n->size % n->align)
+        r = io_open(n->filename, O_RDWR, 0, &s->rest);
+    return r == 0 ? check_rest(n, &st, err)
+                  : tide_fail(err, r, "cannot open '%s' for writing: %s", n->filename,
+                              tide_strerror(-r));
 }
 
 static int file_open(struct node *n, const struct q_blockdev_options *o, struct tide_error *err)
@@ -142,6 +161,7 @@ static void file_close(struct node *n)
     struct file *s = n->state;
     while (s->n_asking)
         io_event_wait(&s->answered_all, IO_FOREVER);
+    io_close(s->rest);
     io_close(s->f);
 }
 
@@ -240,18 +260,39 @@ static int file_preadv(struct node *n, const struct iovec *iov, int niov, uint64
     return r < 0 ? (int)r : 0;
 }
 
+/* A direct write that reaches behind the last whole block, up to the end of the file. It comes from
+ * block/node.c in one piece, widened beyond that end or not, and while it runs no other write does.
+ */
+static co_fn int write_rest(struct node *n, const struct iovec *iov, uint64_t off, unsigned how)
+{
+    struct file *s = n->state;
+    uint64_t whole = round_down(n->size, n->align);
+    struct iovec blocks = {iov->iov_base, whole - off};
+    struct iovec rest = {(char *)iov->iov_base + (whole - off), n->size - whole};
+    ssize_t r = blocks.iov_len ? io_pwritev(s->f, &blocks, 1, off, how) : 0;
+    if (r >= 0)
+        r = io_pwritev(s->rest, &rest, 1, whole, how);
+    return r < 0 ? (int)r : 0;
+}
+
 static int file_pwritev(struct node *n, const struct iovec *iov, int niov, uint64_t off,
                         uint64_t len, unsigned flags)
 {
     struct file *s = n->state;
-    bool fua = (flags & NODE_FUA) && !n->no_flush;
-    ssize_t r = io_pwritev(s->f, iov, niov, off, fua ? IO_DSYNC : 0);
-    if (r < 0)
-        return (int)r;
-    /* A widened direct write may have passed the end of an odd-sized file: cut it back. */
-    if (n->align > 1 && off + len > n->size)
-        return io_truncate(s->f, s->file_end);
-    return 0;
+    unsigned how = (flags & NODE_FUA) && !n->no_flush ? IO_DSYNC : 0;
+    if (s->rest && off + len > round_down(n->size, n->align)) {
+        assert(niov == 1);
+        return write_rest(n, iov, off, how);
+    }
+    ssize_t r = io_pwritev(s->f, iov, niov, off, how);
+    return r < 0 ? (int)r : 0;
+}
+
+static int file_flush(struct node *n)
+{
+    struct file *s = n->state;
+    return io_fsync(s->rest ? s->rest
+                            : s->f); /* it is one file; errors of its cache are told once */
 }
 
 static int file_zero(struct node *n, uint64_t off, uint64_t len, unsigned flags)
@@ -262,7 +303,7 @@ static int file_zero(struct node *n, uint64_t off, uint64_t len, unsigned flags)
                                            : (fast ? IO_ZERO_KEEP_FAST : IO_ZERO_KEEP);
     int r = io_zero(s->f, off, len, how);
     if (r == 0 && (flags & NODE_FUA) && !n->no_flush)
-        r = io_fsync(s->f);
+        r = file_flush(n);
     return r;
 }
 
@@ -270,12 +311,6 @@ static int file_discard(struct node *n, uint64_t off, uint64_t len)
 {
     struct file *s = n->state;
     return io_zero(s->f, off, len, IO_DISCARD);
-}
-
-static int file_flush(struct node *n)
-{
-    struct file *s = n->state;
-    return io_fsync(s->f);
 }
 
 static int file_extent(struct node *n, uint64_t off, uint64_t len, struct extent *e)
