@@ -64,11 +64,12 @@ static bool iov_is_zero(const struct iovec *iov, int niov)
 
 /* ------------------------------------------------------------------ overlapping writes */
 
+/* Only those that came before `w`: who waits is passed by nobody that it would have to wait for. */
 static bool overlaps_tracked(struct node *n, const struct tracked_write *w)
 {
     struct tracked_write *o;
-    TAILQ_FOREACH (o, &n->writes, link) {
-        if (o != w && o->off < w->end && w->off < o->end && (o->serialising || w->serialising))
+    for (o = TAILQ_FIRST(&n->writes); o != w; o = TAILQ_NEXT(o, link)) {
+        if (o->off < w->end && w->off < o->end && (o->serialising || w->serialising))
             return true;
     }
     return false;
@@ -84,9 +85,9 @@ static co_fn void write_begin(struct node *n, struct tracked_write *w, uint64_t 
     w->off = rest ? 0 : round_down(off, n->align);
     w->end = round_up(off + len, n->align);
     spin_lock(&n->writes_lock);
+    TAILQ_INSERT_TAIL(&n->writes, w, link);
     while (overlaps_tracked(n, w))
         co_queue_wait(&n->writes_wait, &n->writes_lock);
-    TAILQ_INSERT_TAIL(&n->writes, w, link);
     spin_unlock(&n->writes_lock);
 }
 
