@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include "co/sync.h"
 #include "io/loop.h"
 
 #define IO_MAX_LOOPS 256u
@@ -93,7 +94,7 @@ struct real_io {
     struct pool *pool;
     pthread_mutex_t inode_mutex; /* guards both tables and the reference counts in them */
     struct inode *inodes[N_INODE_BUCKETS];
-    struct mount *mounts;
+    struct disk *disks;
     struct pool_share mounts_share;
     sigset_t signals;
     /* Threads that hang in a system call (a dead mount) are left behind so long after io_stop(),
@@ -196,12 +197,18 @@ ssize_t sock_do_connect(struct pool_op *op);
 
 struct role_req;
 
-/* One for all open files of a mount that may hang. */
-struct mount {
+/* One for all open files of a file system, or of a block device. */
+struct disk {
     uint64_t dev;
+    bool block;
     unsigned refs; /* inodes */
-    struct mount *next;
-    struct pool_share share;
+    struct disk *next;
+    struct pool_share share; /* where it may hang */
+    /* Requests that may be with the disk at a time; 0: any number. */
+    unsigned max_out;
+    _Atomic unsigned n_out; /* changes under `spin` */
+    struct spin spin;
+    struct co_queue waiting;
 };
 
 /* One for all open files of an inode: who may write, where data was seen, its share of the pool. */
@@ -210,8 +217,8 @@ struct inode {
     bool block;
     unsigned refs;
     struct inode *next;
-    struct mount *mount; /* NULL: local */
-    struct spin spin;    /* guards the writer role */
+    struct disk *disk;
+    struct spin spin; /* guards the writer role */
     bool role_held;
     struct role_req *role_head, *role_tail;
     _Atomic uint64_t slow_until; /* writes go to the pool until then */

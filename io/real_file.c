@@ -33,6 +33,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -97,47 +98,75 @@ static uint64_t inode_hash(uint64_t dev, uint64_t ino)
     return ((ino ^ dev << 7) * 0x9e3779b97f4a7c15u) >> 58; /* 6 bits */
 }
 
-/* Mutex held. NULL: no memory. */
-static struct mount *mount_get(struct real_io *io, uint64_t dev)
+/* How many requests a device queues, or 0: it has no queue (device mapper), or is none of its own
+ * (btrfs), or not of this machine. */
+static unsigned queue_depth(uint64_t dev)
 {
-    struct mount *m = io->mounts;
-    while (m && m->dev != dev)
-        m = m->next;
-    if (!m && (m = mem_zalloc(sizeof *m))) {
-        io->mounts_share.level = SHARE_MOUNTS;
-        m->dev = dev;
-        m->share = (struct pool_share){.level = SHARE_MOUNT, .up = &io->mounts_share};
-        m->next = io->mounts;
-        io->mounts = m;
+    static const char *const up[] = {"", "/.."}; /* a device, a partition of one */
+    char path[80];
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "/sys/dev/block/%u:%u%s/mq", major(dev), minor(dev), up[i]);
+        if (access(path, F_OK) < 0)
+            continue;
+        snprintf(path, sizeof path, "/sys/dev/block/%u:%u%s/queue/nr_requests", major(dev),
+                 minor(dev), up[i]);
+        FILE *f = fopen(path, "re");
+        unsigned n = 0;
+        if (f && fscanf(f, "%u", &n) != 1)
+            n = 0;
+        if (f)
+            fclose(f);
+        return n;
     }
-    if (m)
-        m->refs++;
-    return m;
-}
-
-static void mount_put(struct real_io *io, struct mount *m)
-{
-    if (!m || --m->refs)
-        return;
-    struct mount **at = &io->mounts;
-    while (*at != m)
-        at = &(*at)->next;
-    *at = m->next;
-    mem_free(m);
+    return 0;
 }
 
 /* Mutex held. NULL: no memory. */
-static struct inode *inode_new(struct real_io *io, uint64_t dev, uint64_t ino, bool may_hang)
+static struct disk *disk_get(struct real_io *io, uint64_t dev, bool block, bool may_hang)
+{
+    struct disk *d = io->disks;
+    while (d && (d->dev != dev || d->block != block))
+        d = d->next;
+    if (!d && (d = mem_zalloc(sizeof *d))) {
+        io->mounts_share.level = SHARE_MOUNTS;
+        d->dev = dev;
+        d->block = block;
+        d->share = (struct pool_share){.level = SHARE_MOUNT, .up = &io->mounts_share};
+        d->max_out = may_hang ? 0 : (queue_depth(dev) + 1) / 2;
+        d->next = io->disks;
+        io->disks = d;
+    }
+    if (d)
+        d->refs++;
+    return d;
+}
+
+/* Mutex held. */
+static void disk_put(struct real_io *io, struct disk *d)
+{
+    if (--d->refs)
+        return;
+    struct disk **at = &io->disks;
+    while (*at != d)
+        at = &(*at)->next;
+    *at = d->next;
+    mem_free(d);
+}
+
+/* Mutex held. NULL: no memory. */
+static struct inode *inode_new(struct real_io *io, uint64_t dev, uint64_t ino, bool block,
+                               bool may_hang)
 {
     struct inode *n = mem_zalloc(sizeof *n);
-    if (n && may_hang && !(n->mount = mount_get(io, dev))) {
+    if (n && !(n->disk = disk_get(io, dev, block, may_hang))) {
         mem_free(n);
         return NULL;
     }
     if (n) {
         n->dev = dev;
         n->ino = ino;
-        n->share.up = n->mount ? &n->mount->share : NULL;
+        n->block = block;
+        n->share.up = may_hang ? &n->disk->share : NULL;
     }
     return n;
 }
@@ -152,8 +181,7 @@ static struct inode *inode_get(struct real_io *io, const struct stat *st, bool m
     for (n = *bucket; n; n = n->next)
         if (n->dev == dev && n->ino == ino && n->block == block)
             break;
-    if (!n && (n = inode_new(io, dev, ino, may_hang))) {
-        n->block = block;
+    if (!n && (n = inode_new(io, dev, ino, block, may_hang))) {
         n->next = *bucket;
         *bucket = n;
     }
@@ -174,7 +202,7 @@ static void inode_put(struct real_io *io, struct inode *n)
     while (*at != n)
         at = &(*at)->next;
     *at = n->next;
-    mount_put(io, n->mount);
+    disk_put(io, n->disk);
     pthread_mutex_unlock(&io->inode_mutex);
     assert(!n->role_held && !n->role_head);
     mem_free(n);
@@ -379,6 +407,37 @@ ssize_t file_do_sync(struct pool_op *op)
     return r < 0 ? -errno : 0;
 }
 
+/* When the queue of a disk is full, the kernel lets the thread wait that brings it one more
+ * request, by io_uring too: as long as a disk hangs. So no more than half of what it takes is
+ * brought to it at a time (the rest is for read-ahead and others); what is beyond waits here, in
+ * order. */
+static co_fn void disk_enter(struct disk *d)
+{
+    if (!d->max_out)
+        return;
+    spin_lock(&d->spin);
+    if (d->n_out < d->max_out)
+        d->n_out++;
+    else
+        co_queue_wait(&d->waiting, &d->spin); /* then it is our place that was left */
+    spin_unlock(&d->spin);
+}
+
+static void disk_leave(struct disk *d)
+{
+    if (!d->max_out)
+        return;
+    spin_lock(&d->spin);
+    if (!co_queue_wake_one(&d->waiting))
+        d->n_out--;
+    spin_unlock(&d->spin);
+}
+
+static bool disk_is_full(struct disk *d)
+{
+    return d->max_out && atomic_load_explicit(&d->n_out, memory_order_relaxed) >= d->max_out;
+}
+
 /* Go on from `done` with the backend, or in the pool, until all is there, the file ends or it
  * fails. Bytes, or -errno. */
 static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iovec *iov, int n,
@@ -391,6 +450,7 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
         int k;
         const struct iovec *rest = iov_after(iov, n, done, tmp, &k);
         ssize_t r;
+        disk_enter(f->inode->disk);
         rl->requests++;
         if (in_pool) {
             struct pool_op op = file_op(f, POOL_RW);
@@ -405,6 +465,7 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
             r = file_io(f)->be->rw(f, write, rest, k, off + done, rwf);
         }
         rl->requests--;
+        disk_leave(f->inode->disk);
         if (r == -EINTR || r == -EAGAIN)
             continue;
         if (r < 0)
@@ -498,7 +559,9 @@ co_fn ssize_t real_preadv(struct io_file *file, const struct iovec *iov, int n, 
     int err = 0;
     if (off > INT64_MAX || total > INT64_MAX - off)
         return -EINVAL;
-    bool inline_first = (!f->direct || f->memory) && !wants_pool(f);
+    /* Looking into the page cache starts to read what it does not find. */
+    bool inline_first =
+        (!f->direct || f->memory) && !wants_pool(f) && !disk_is_full(f->inode->disk);
     while (inline_first) {
         size_t stop = MIN(total, done + INLINE_BYTES);
         if (!read_now(f, iov, n, off, total, stop, &done, &err))

@@ -4,6 +4,7 @@
 All connections are on one loop, so whatever blocks it holds up the other disk's client, too. The disk
 goes on by itself after a while, so that what hangs is a figure and a failure, not a test for ever.
 """
+import os
 import threading
 import time
 
@@ -12,6 +13,7 @@ import pytest
 
 from backup_tools import until
 from harness import DEADLINE, Daemon, KiB, MiB
+from mounts import loop_device, mounted, need_root, run
 from stalled import Stalled
 
 PATIENCE = DEADLINE / 2  # then the disk goes on
@@ -235,3 +237,38 @@ def test_each_of_three_loops_serves_both_disks(stalled):
         assert done == [[0]] * 3
         for h in fast:
             h.shutdown()
+
+
+@pytest.mark.parametrize('direct', [False, True], ids=['cached', 'direct'])
+def test_a_local_file_system_whose_device_hangs(tmp_path, direct):
+    """With more requests than the device queues: bringing it one more would hang, too."""
+    mount = str(tmp_path / 'mount')
+    os.mkdir(mount)
+    with Stalled(str(tmp_path), size=32 * MiB) as disk, loop_device(disk.path) as device:
+        need_root('mkfs.ext4', 'mount')
+        assert run('mkfs.ext4', '-q', device).returncode == 0
+        with mounted('ext4', device, mount), Daemon(['--loops', '1']) as d:
+            path = os.path.join(mount, 'disk')
+            with open(path, 'wb') as f:
+                f.write(bytes(range(1, 129)) * (16 * MiB // 128))
+                f.flush()
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            d.cmd('blockdev-add', {'driver': 'file', 'node-name': 'slow', 'filename': path, 'cache': {'direct': direct}})
+            d.export('slow')
+            d.add_file('fast', 16 * MiB, discard='unmap')
+            d.export('fast')
+            fast, slow, done = connect(d, 'fast'), [connect(d, 'slow') for _ in range(8)], []
+            with Hanging(disk):
+                for i in range(256):
+                    start(slow[i % 8], 'read', i * 37 % 256, done)
+                for h in slow:
+                    push_out(h)
+                assert worst_latency(fast) < BOUND
+                assert len(done) < 128
+            for h in slow:
+                while h.aio_in_flight():
+                    h.poll(1000)
+                h.shutdown()
+            assert done == [0] * 256
+            fast.shutdown()
