@@ -214,8 +214,10 @@ static void op_step(struct sim *s, struct sim_op *op)
     if (!op->effected) {
         sim_trace(s, "effect", op->number, 0, 0);
         op->effected = take_effect(op);
-        op->not_before = s->now + sim_latency(s) / 4 + op->stall_after;
-        if (!op->effected || op->stall_after || sim_percent(&s->order, 50))
+        uint64_t stall = op->stall_after;
+        op->stall_after = 0; /* an operation in parts hangs once */
+        op->not_before = s->now + sim_latency(s) / 4 + stall;
+        if (!op->effected || stall || sim_percent(&s->order, 50))
             return;
     }
     list_remove(s, op);

@@ -46,6 +46,8 @@ struct sim_config {
     unsigned read_error_in, write_error_in, sync_error_in; /* -EIO */
     unsigned reset_in; /* a socket operation finds its connection reset */
     unsigned stall_in; /* a file operation takes stall_ns (0 = 5 s) */
+    unsigned short_in; /* a read or write of several sectors takes effect in two to four parts, at
+                          steps of their own: the kernel gave a short count, the engine went on */
     uint64_t stall_ns;
     FILE *trace; /* every step as a line of text; NULL = none. Also: SIM_TRACE=1 */
 };

@@ -19,6 +19,8 @@ struct sim_file {
     struct sim_file *next;
 };
 
+#define MOST_PARTS 4u
+
 /* One shape for all operations; each uses the part it needs. */
 struct file_op {
     struct sim_op op; /* first */
@@ -31,8 +33,11 @@ struct file_op {
     enum io_lock lock;
     bool test;
     uint64_t dst_off;
-    uint64_t upto;   /* fsync: the stamp, sync_dir: the operation that must be covered */
-    uint64_t effect; /* number of the change that was made */
+    uint64_t upto; /* fsync: the stamp, sync_dir: the operation that must be covered */
+    uint64_t effect[MOST_PARTS]; /* numbers of the changes that were made */
+    unsigned n_effects;
+    unsigned part;       /* reads and writes: which one is next */
+    uint64_t done, next; /* bytes in the parts before it, and in it */
     bool *data;
     uint64_t *extent_len;
     struct io_stat *st;
@@ -219,20 +224,56 @@ static int check_rw(struct sim_file *f, const struct iovec *iov, int n, uint64_t
     return 0;
 }
 
+/* How much of what is left is done at this step: up to some sector's end, or all. */
+static void choose_part(struct file_op *o)
+{
+    struct sim *s = o->op.sim;
+    uint64_t off = o->op.off + o->done, left = o->op.len - o->done;
+    o->next = left;
+    o->part++;
+    if (!s->cfg.short_in || left <= SIM_SECTOR || o->part == MOST_PARTS)
+        return;
+    /* Whoever was short once is likely to be so again. */
+    if (sim_below(&s->order, o->part == 1 ? s->cfg.short_in : 2))
+        return;
+    uint64_t stop = round_down(off + sim_below(&s->order, left), SIM_SECTOR);
+    if (stop > off)
+        o->next = stop - off;
+}
+
+/* Its bytes of the caller's buffers are filled; fewer than wanted: the file ends. */
+static uint64_t read_part(struct file_op *o, uint64_t *hash)
+{
+    uint64_t skip = o->done, left = o->next, got = 0;
+    for (int i = 0; i < o->n_iov && left; i++) {
+        uint64_t len = o->iov[i].iov_len;
+        if (skip >= len) {
+            skip -= len;
+            continue;
+        }
+        void *to = (char *)o->iov[i].iov_base + skip;
+        uint64_t want = MIN(len - skip, left);
+        size_t n = inode_read(o->file->ino, to, want, o->op.off + o->done + got);
+        *hash ^= sim_data_hash(to, n);
+        got += n;
+        left -= n;
+        skip = 0;
+        if (n < want)
+            break;
+    }
+    return got;
+}
+
 static bool read_effect(struct sim_op *op)
 {
     struct file_op *o = file_op(op);
-    uint64_t off = op->off, hash = 0;
-    for (int i = 0; i < o->n_iov; i++) {
-        size_t n = inode_read(o->file->ino, o->iov[i].iov_base, o->iov[i].iov_len, off);
-        hash ^= sim_data_hash(o->iov[i].iov_base, n);
-        op->result += (int64_t)n;
-        off += n;
-        if (n < o->iov[i].iov_len)
-            break;
-    }
-    sim_trace(op->sim, "data", op->number, hash, 0);
-    return true;
+    uint64_t hash = 0;
+    choose_part(o);
+    uint64_t n = read_part(o, &hash);
+    op->result += (int64_t)n;
+    o->done += n;
+    sim_trace(op->sim, "data", op->number, hash, n);
+    return n < o->next || o->done == op->len;
 }
 
 ssize_t sim_preadv(struct io_file *file, const struct iovec *iov, int n, uint64_t off)
@@ -262,36 +303,43 @@ static unsigned char *gather(const struct file_op *o)
 }
 
 /* A write that fails may have been made in part: any number of its first sectors. */
-static int64_t write_in_part(struct sim_op *op, struct sim_inode *ino, const void *buf)
+static int64_t write_beginning(struct file_op *o, const void *buf)
 {
-    uint64_t sectors = op->len / SIM_SECTOR;
-    uint64_t len = sectors ? sim_below(&op->sim->order, sectors + 1) * SIM_SECTOR : 0;
-    return len ? inode_write(op->sim->world, ino, buf, len, op->off) : 0;
+    uint64_t sectors = o->next / SIM_SECTOR;
+    uint64_t len = sectors ? sim_below(&o->op.sim->order, sectors + 1) * SIM_SECTOR : 0;
+    return len ? inode_write(o->op.sim->world, o->file->ino, buf, len, o->op.off + o->done) : 0;
 }
 
 static bool write_effect(struct sim_op *op)
 {
     struct file_op *o = file_op(op);
-    struct sim_inode *ino = o->file->ino;
     unsigned char *buf = gather(o);
-    sim_trace(op->sim, "data", op->number, sim_data_hash(buf, op->len), 0);
-    int64_t r = op->err ? op->err : inode_write(op->sim->world, ino, buf, op->len, op->off);
+    choose_part(o);
+    const unsigned char *p = buf + o->done;
+    sim_trace(op->sim, "data", op->number, sim_data_hash(p, o->next), o->next);
+    bool last = o->done + o->next == op->len;
+    int64_t r = op->err && last
+                    ? op->err
+                    : inode_write(op->sim->world, o->file->ino, p, o->next, op->off + o->done);
     op->result = r < 0 ? r : (int64_t)op->len;
+    bool over = last || r < 0;
     if (r < 0 && r != -EFBIG)
-        r = write_in_part(op, ino, buf);
-    o->effect = r > 0 ? (uint64_t)r : 0;
+        r = write_beginning(o, p);
+    if (r > 0)
+        o->effect[o->n_effects++] = (uint64_t)r;
+    o->done += o->next;
     free(buf);
-    return true;
+    return over;
 }
 
 static void write_finish(struct sim_op *op)
 {
     struct file_op *o = file_op(op);
-    if (!o->effect)
-        return;
-    inode_done(op->sim->world, o->file->ino, o->effect);
-    if (op->result >= 0 && ((o->flags & IO_DSYNC) || (o->file->flags & O_DSYNC)))
-        inode_sync_op(o->file->ino, o->effect);
+    bool sync = op->result >= 0 && ((o->flags & IO_DSYNC) || (o->file->flags & O_DSYNC));
+    for (unsigned i = 0; i < o->n_effects; i++)
+        inode_done(op->sim->world, o->file->ino, o->effect[i]);
+    for (unsigned i = 0; i < o->n_effects && sync; i++)
+        inode_sync_op(o->file->ino, o->effect[i]);
 }
 
 ssize_t sim_pwritev(struct io_file *file, const struct iovec *iov, int n, uint64_t off,
@@ -378,15 +426,16 @@ int sim_sync_dir(struct io *io, const char *dir)
 static void change_made(struct file_op *o, int64_t r)
 {
     o->op.result = r < 0 ? r : 0;
-    o->effect = r > 0 ? (uint64_t)r : 0;
+    if (r > 0)
+        o->effect[o->n_effects++] = (uint64_t)r;
 }
 
 static void change_finish(struct sim_op *op)
 {
     struct file_op *o = file_op(op);
     struct sim_file *changed = o->dst ? o->dst : o->file;
-    if (o->effect)
-        inode_done(op->sim->world, changed->ino, o->effect);
+    if (o->n_effects)
+        inode_done(op->sim->world, changed->ino, o->effect[0]);
 }
 
 static int check_change(const struct sim_file *f)
