@@ -228,6 +228,26 @@ static void disconnect(struct client *c)
 
 /* ------------------------------------------------------------------ requests */
 
+static void note_recent(struct shared *d, uint64_t off, uint64_t len)
+{
+    unsigned i = d->n_recent++ % 4;
+    d->recent[i].off = off;
+    d->recent[i].len = len;
+}
+
+static bool pick_recent(struct client *c, uint64_t *off, uint64_t *len)
+{
+    struct shared *d = c->d;
+    struct chance *dice = &d->all->w->chance;
+    if (!d->n_recent || !chance_one_in(dice, 4))
+        return false;
+    uint64_t i = chance_below(dice, MIN(d->n_recent, 4u)), n = d->recent[i].len / MODEL_UNIT;
+    uint64_t first = chance_one_in(dice, 2) ? chance_below(dice, n) : 0;
+    *off = d->recent[i].off + MODEL_UNIT * first;
+    *len = MODEL_UNIT * (1 + chance_below(dice, MIN(n - first, (uint64_t)64)));
+    return true;
+}
+
 /* Whole blocks of the file system, so that holes come and go. */
 static void pick_blocks(struct client *c, uint64_t *off, uint64_t *len)
 {
@@ -316,11 +336,13 @@ static co_fn void send_one(struct client *c)
     uint64_t off = 0, len = 0;
     uint8_t *data = NULL;
     uint32_t write = 0;
-    if (cmd == NBD_CMD_WRITE || cmd == NBD_CMD_CACHE ||
-        !chance_one_in(&w->chance, d->sparse ? 2 : 8))
-        pick_range(c, &off, &len);
-    else
+    bool blocks = cmd != NBD_CMD_WRITE && cmd != NBD_CMD_CACHE;
+    if (pick_recent(c, &off, &len))
+        ;
+    else if (blocks && chance_one_in(&w->chance, d->sparse ? 2 : 8))
         pick_blocks(c, &off, &len);
+    else
+        pick_range(c, &off, &len);
     if (cmd == NBD_CMD_FLUSH)
         off = len = 0;
     bool zeroes = cmd == NBD_CMD_WRITE && chance_one_in(&w->chance, 10);
@@ -367,8 +389,10 @@ static void check_status(struct client *c, const struct nbd_op *op, uint64_t sen
         seen |= 1u << e->context;
         if (e->context == 1)
             check_blocks(d, e, sent);
-        else if (e->flags & NBD_STATE_ZERO)
+        else if (e->flags & NBD_STATE_ZERO) {
             MODEL_CHECK(d, model_zero(d->model, e->off, e->len, sent, told));
+            note_recent(d, e->off, e->len);
+        }
     }
     CHECK(seen == (1u << c->nbd.n_contexts) - 1);
 }
@@ -385,6 +409,35 @@ static void note_error(struct client *c, const struct nbd_op *op, bool fua)
     d->n_failed++;
 }
 
+static void check_answer(struct client *c, const struct nbd_op *op, uint32_t write, uint64_t sent,
+                         uint64_t told)
+{
+    struct shared *d = c->d;
+    if (write) {
+        model_done(d->model, write, told);
+        note_recent(d, op->off, op->len);
+    } else if (op->cmd == NBD_CMD_FLUSH) {
+        model_flush(d->model, sent);
+    } else if (op->cmd == NBD_CMD_READ) {
+        MODEL_CHECK(d, model_read(d->model, op->off, op->len, op->data, sent, told));
+    } else if (op->cmd == NBD_CMD_BLOCK_STATUS) {
+        check_status(c, op, sent, told);
+    }
+}
+
+/* The model need not remember what no request that is under way can see. */
+static void forget_old(struct shared *d)
+{
+    uint64_t oldest = d->all->w->tick + 1;
+    for (unsigned i = 0; i < d->all->n_clients; i++) {
+        const struct client *c = &d->all->client[i];
+        for (unsigned k = 0; k < NBD_DEPTH && c->d == d; k++)
+            if (c->nbd.op[k].used)
+                oldest = MIN(oldest, c->rq[k].sent);
+    }
+    model_horizon(d->model, oldest);
+}
+
 static void take_answer(struct client *c, struct nbd_op *op)
 {
     struct shared *d = c->d;
@@ -395,21 +448,14 @@ static void take_answer(struct client *c, struct nbd_op *op)
     CHECK_SAY(d->stalls || ns <= LATENCY, "%s: command %d took %" PRIu64 " ms", d->node, op->cmd,
               ns / 1000000);
     d->worst_ns = MAX(d->worst_ns, ns);
-    d->n_done++;
+    if (++d->n_done % 16 == 0)
+        forget_old(d);
     if (op->error)
         note_error(c, op, c->rq[op - c->nbd.op].fua);
-    if (write && op->error)
+    if (op->error && write)
         model_gone(d->model, write, told);
-    else if (write)
-        model_done(d->model, write, told);
-    else if (op->error)
-        ;
-    else if (op->cmd == NBD_CMD_FLUSH)
-        model_flush(d->model, sent);
-    else if (op->cmd == NBD_CMD_READ)
-        MODEL_CHECK(d, model_read(d->model, op->off, op->len, op->data, sent, told));
-    else if (op->cmd == NBD_CMD_BLOCK_STATUS)
-        check_status(c, op, sent, told);
+    if (!op->error)
+        check_answer(c, op, write, sent, told);
     nbd_done(&c->nbd, op);
 }
 
@@ -492,18 +538,6 @@ static void client_main(void *arg)
     tell(all);
 }
 
-void shared_forget_old(struct shared *d)
-{
-    uint64_t oldest = d->all->w->tick + 1;
-    for (unsigned i = 0; i < d->all->n_clients; i++) {
-        const struct client *c = &d->all->client[i];
-        for (unsigned k = 0; k < NBD_DEPTH && c->d == d; k++)
-            if (c->nbd.op[k].used)
-                oldest = MIN(oldest, c->rq[k].sent);
-    }
-    model_horizon(d->model, oldest);
-}
-
 void clients_start(struct clients *c)
 {
     unsigned n = io_n_loops(c->w->io);
@@ -546,6 +580,13 @@ void clients_free(struct clients *c)
     }
 }
 
+static void check_pad(struct shared *d, const uint8_t *buf, uint64_t off, uint64_t end)
+{
+    for (; off < end; off++)
+        CHECK_SAY(buf[off] == PAD, "%s: byte %" PRIu64 " of '%s', outside the window, has changed",
+                  d->node, off, d->file);
+}
+
 void shared_check_disk(struct shared *d, struct sim_world *world, bool killed)
 {
     uint64_t end = d->base + d->size;
@@ -554,10 +595,8 @@ void shared_check_disk(struct shared *d, struct sim_world *world, bool killed)
     ssize_t n = sim_file_read(world, d->file, buf, d->file_size, 0);
     CHECK_SAY(n == (ssize_t)d->file_size, "'%s' is cut: %zd", d->file, n);
     MODEL_CHECK(d, model_survivor(d->model, 0, d->size, buf + d->base, killed));
-    for (uint64_t i = 0; i < d->file_size; i++)
-        CHECK_SAY((i >= d->base && i < end) || buf[i] == PAD,
-                  "%s: byte %" PRIu64 " of '%s', outside the window, has changed", d->node, i,
-                  d->file);
+    check_pad(d, buf, 0, d->base);
+    check_pad(d, buf, end, d->file_size);
     free(buf);
 }
 

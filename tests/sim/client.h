@@ -25,9 +25,14 @@ struct shared {
     uint64_t size;            /* of the export */
     uint64_t base, file_size; /* raw: a window of the file; the rest of it stays as it is */
     bool raw, direct, unmap, writethrough, detect;
-    bool sparse;     /* mostly holes, and requests that make more of them */
-    unsigned grain;  /* requests are multiples of this */
-    uint64_t hot;    /* most of them are at the beginning, where they meet */
+    bool sparse;    /* mostly holes, and requests that make more of them */
+    unsigned grain; /* requests are multiples of this */
+    uint64_t hot;   /* most of them are at the beginning, where they meet */
+    struct {
+        uint64_t off, len;
+    } recent[4]; /* where something has changed, or was said to be a hole: look there, write there
+                  */
+    unsigned n_recent;
     bool faulty;     /* requests may fail */
     bool stalls;     /* and take long; else LATENCY is the bound */
     bool sync_fault; /* armed: flushes fail until the node is opened again */
@@ -83,8 +88,6 @@ co_fn void clients_end(struct clients *c);
 /* After a power cut: those of the life before are dead. */
 void clients_forget(struct clients *c);
 void clients_free(struct clients *c);
-/* Lets the model forget what no request that is under way can see. */
-void shared_forget_old(struct shared *d);
 /* The file in this world (after a cut, or a copy of the world in which the power went now) against
  * the model. */
 void shared_check_disk(struct shared *d, struct sim_world *world, bool killed);

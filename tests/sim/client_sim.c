@@ -190,7 +190,6 @@ static co_fn void one_step(struct client_state *t)
     default:
         break;
     }
-    shared_forget_old(d);
     check_cut_now(t);
 }
 
@@ -264,7 +263,7 @@ static void client_finish(struct world *w)
 static const struct scenario shared_disks = {
     .name = "shared disks",
     .state_size = sizeof(struct client_state),
-    .n_seeds = 800,
+    .n_seeds = 600,
     .cut_one_in = 2,
     .cut_steps = 12000,
     .prepare = client_prepare,

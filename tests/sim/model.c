@@ -22,7 +22,7 @@ struct version {
 
 struct unit {
     struct version *v;
-    uint32_t n, cap;
+    uint32_t n, cap, tidied; /* m->epoch of then */
     bool unsure; /* a sync failed: what a reader sees here says nothing about what is durable */
 };
 
@@ -32,6 +32,7 @@ struct model {
     struct write *write; /* by number; 0 is what was there at first */
     uint32_t n_writes, cap_writes;
     uint64_t flushed; /* when the newest flush that succeeded had been sent */
+    uint32_t epoch;   /* grows when tidy() can do more than before */
     uint64_t horizon; /* no read that is under way was sent before */
     bool may_lose;
     char text[300];
@@ -69,12 +70,13 @@ static void tidy(const struct model *m, struct unit *u)
     assert(alive > 0);
     u->n = n;
     u->unsure &= alive > 1;
+    u->tidied = m->epoch;
 }
 
 static struct unit *unit_at(struct model *m, uint64_t off)
 {
     struct unit *u = &m->unit[off / MODEL_UNIT];
-    if (u->n > 1)
+    if (u->n > 1 && u->tidied != m->epoch)
         tidy(m, u);
     return u;
 }
@@ -206,13 +208,16 @@ void model_gone(struct model *m, uint32_t w, uint64_t tick)
 
 void model_flush(struct model *m, uint64_t sent)
 {
-    if (sent > m->flushed)
-        m->flushed = sent;
+    if (sent <= m->flushed)
+        return;
+    m->flushed = sent;
+    m->epoch++;
 }
 
 void model_horizon(struct model *m, uint64_t sent)
 {
     m->horizon = sent;
+    m->epoch++;
 }
 
 /* ------------------------------------------------------------------ failing syncs */
