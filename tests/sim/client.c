@@ -196,10 +196,20 @@ static co_fn bool connect_to(struct client *c)
     return true;
 }
 
+/* A reply whose beginning is sent cannot turn into an error: reading the rest may fail, though. */
+static bool read_may_break_off(const struct client *c)
+{
+    bool yes = false;
+    for (unsigned i = 0; i < NBD_DEPTH; i++)
+        yes |= c->nbd.op[i].used && c->nbd.op[i].cmd == NBD_CMD_READ && c->nbd.op[i].len > 4096;
+    return yes && c->d->faulty;
+}
+
 /* Nobody cuts us off but those who said so. */
 static bool may_be_lost(const struct client *c)
 {
-    return c->d->closing || c->generation != c->d->generation || c->d->all->resets;
+    return c->d->closing || c->generation != c->d->generation || c->d->all->resets ||
+           read_may_break_off(c);
 }
 
 /* What was under way may still be done, or not. */
@@ -568,6 +578,8 @@ void clients_forget(struct clients *c)
     for (unsigned i = 0; i < c->n_disks; i++) {
         c->disk[i].n_connected = 0;
         c->disk[i].n_orphans = 0; /* they ended with the daemon */
+        if (c->disk[i].sync_fault)
+            model_sync_failed(c->disk[i].model);
         c->disk[i].sync_fault = false;
     }
 }

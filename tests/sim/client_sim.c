@@ -148,6 +148,8 @@ static co_fn void reopen(struct shared *d)
     if (d->sync_fault || chance_one_in(&w->chance, 3)) {
         shared_close_node(d);
         shared_open_node(d);
+        if (d->sync_fault) /* whoever heard of it may have hung up before */
+            model_sync_failed(d->model);
         model_no_more_loss(d->model);
         d->sync_fault = false;
     }

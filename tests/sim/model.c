@@ -293,13 +293,48 @@ static void narrow(struct model *m, struct unit *u, uint32_t i, uint64_t sent, u
     }
 }
 
+/* Has write `w` left this byte at `off + at`? */
+static bool has_byte(const struct model *m, uint32_t w, uint64_t off, unsigned at, uint8_t byte)
+{
+    uint64_t word = m->write[w].kind == MODEL_WRITE ? stamp(w, off) : 0;
+    uint8_t bytes[sizeof word];
+    memcpy(bytes, &word, sizeof word);
+    return covers(&m->write[w], off) && bytes[at % sizeof word] == byte;
+}
+
+/* Could this byte of a unit be of a version that the read may show? */
+static bool byte_may_be(const struct model *m, const struct unit *u, uint64_t off, unsigned at,
+                        uint8_t byte, uint64_t sent, uint64_t told)
+{
+    bool may = false, trimmed = false;
+    for (uint32_t i = 0; i < u->n && !may; i++) {
+        bool sees = visible(m, &u->v[i], sent, told);
+        trimmed |= sees && m->write[u->v[i].write].kind == MODEL_TRIM;
+        may = sees && has_byte(m, u->v[i].write, off, at, byte);
+    }
+    for (uint32_t w = 0; w < m->n_writes && trimmed && !may; w++)
+        may = has_byte(m, w, off, at, byte);
+    return may;
+}
+
+/* Nobody wrote this unit as it is: the read met a write in the middle, or several. */
+static const char *read_torn(struct model *m, uint64_t off, const uint8_t *data, uint64_t sent,
+                             uint64_t told)
+{
+    struct unit *u = unit_at(m, off);
+    for (unsigned i = 0; i < MODEL_UNIT; i++)
+        if (!byte_may_be(m, u, off, i, data[i], sent, told))
+            return say(m, "bytes that nobody wrote", off, data);
+    return NULL;
+}
+
 static const char *read_unit(struct model *m, uint64_t off, const uint8_t *data, uint64_t sent,
                              uint64_t told)
 {
     struct unit *u = unit_at(m, off);
     uint32_t w, n = 0, which = 0;
     if (!author(m, off, data, &w))
-        return say(m, "bytes that nobody wrote", off, data);
+        return read_torn(m, off, data, sent, told);
     for (uint32_t i = 0; i < u->n; i++)
         if (visible(m, &u->v[i], sent, told) && shows(m, u->v[i].write, w)) {
             n++;

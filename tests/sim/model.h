@@ -12,7 +12,8 @@
  *   "Ordering of messages and writes": requests that are under way at the same time may be carried
  *     out in any order, and nothing says that one of them is indivisible. So two writes know an
  *     order only if one was answered before the other was sent, on whatever connections; until the
- *     answer a unit shows either; and neighbouring units decide each for itself.
+ *     answer a byte shows either, and neighbours decide each for itself. (What a power cut leaves
+ *     is never torn within a unit: disks write sectors whole.)
  *   same section, flush: what was answered before the flush was sent is durable when the flush is
  *     answered. "Transmission flags", CAN_MULTI_CONN: whichever connections the two were on.
  *   same section, FUA: what the request itself wrote is durable when it is answered, and nothing
