@@ -281,6 +281,10 @@ static void pick_range(struct client *c, uint64_t *off, uint64_t *len)
     if (!chance_one_in(dice, 10))
         most = MIN(most, 6);
     *len = most ? grain * (1 + chance_below(dice, most)) : 0;
+    if (chance_one_in(dice, 12)) { /* the end, where a block may be cut */
+        *len = MIN(*len ? *len : d->grain, d->size);
+        *off = d->size - *len;
+    }
     if (!*len) { /* smaller than a grain */
         *off = 0;
         *len = MIN((uint64_t)SECTOR, d->size);

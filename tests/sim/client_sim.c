@@ -139,12 +139,21 @@ static void arm_stall(struct shared *d)
               SECOND * (1 + chance_below(dice, 3)), chance_one_in(dice, 6));
 }
 
+/* Nothing is under way. A widened write may pass the end; only a cut can come before the file is
+ * cut back. */
+static void check_size(struct shared *d)
+{
+    struct world *w = d->all->w;
+    CHECK(sim_file_size(w->disk, d->file) == (int64_t)d->file_size || (w->cut && d->direct));
+}
+
 /* After a sync that failed the daemon refuses to flush until the file is opened again. */
 static co_fn void reopen(struct shared *d)
 {
     struct world *w = d->all->w;
     sim_clear_faults(w->disk);
     shared_unexport(d);
+    check_size(d);
     if (d->sync_fault || chance_one_in(&w->chance, 3)) {
         shared_close_node(d);
         shared_open_node(d);
@@ -198,7 +207,6 @@ static co_fn void one_step(struct client_state *t)
 /* Nothing is under way: reader, file and model agree; and after a flush nothing can be lost. */
 static co_fn void check_at_rest(struct client_state *t)
 {
-    struct world *w = t->all.w;
     for (unsigned i = 0; i < t->all.n_disks; i++) {
         struct shared *d = &t->all.disk[i];
         uint64_t sent, told;
@@ -209,8 +217,7 @@ static co_fn void check_at_rest(struct client_state *t)
         if (d->cleared.on)
             check_bitmap(d);
         shared_flush(d);
-        /* A widened write may pass the end; only a cut can come before the file is cut back. */
-        CHECK(sim_file_size(w->disk, d->file) == (int64_t)d->file_size || (w->cut && d->direct));
+        check_size(d);
     }
     check_cut_now(t);
 }
@@ -274,8 +281,61 @@ static const struct scenario shared_disks = {
     .finish = client_finish,
 };
 
+/* ------------------------------------------------------------------ the odd end of a file */
+
+/* Direct writes to the last block of a file that ends within it, some of which fail half-way: the
+ * file keeps its length, and what lies behind the export its bytes. */
+static void odd_prepare(struct world *w, struct sim_config *cfg)
+{
+    uint64_t *size = w->state;
+    *size = SECTOR + 1 + chance_below(&w->chance, 12000);
+    cfg->direct_align = 4096;
+    for (uint64_t i = 0; i < *size; i++)
+        CHECK(sim_file_write(w->disk, "odd", "o", 1, i) == 0);
+}
+
+static co_fn void odd_live(struct world *w)
+{
+    const uint64_t size = *(uint64_t *)w->state, end = round_down(size, SECTOR);
+    struct nbd_client n;
+    uint8_t buf[SECTOR], tail[SECTOR];
+    world_start_nbd(w);
+    world_add_file(w, "odd", "odd", ",\"cache\":{\"direct\":true}");
+    qmp_do(&w->qmp, "block-export-add",
+           "{\"type\":\"nbd\",\"id\":\"odd\",\"node-name\":\"odd\",\"writable\":true}");
+    nbd_open(&n, "odd", chance_one_in(&w->chance, 2));
+    CHECK(n.size == end);
+    for (unsigned i = 0; i < 8; i++) {
+        uint64_t off = end - 1 - chance_below(&w->chance, SECTOR);
+        bool fails = chance_one_in(&w->chance, 2);
+        if (fails)
+            sim_fail(w->disk, "odd", SIM_WRITE, 1, chance_one_in(&w->chance, 2) ? EIO : ENOSPC,
+                     false);
+        memset(buf, 'a' + (int)i, sizeof buf);
+        CHECK(!nbd_call(&n, NBD_CMD_WRITE, 0, off, end - off, buf) == !fails);
+        CHECK(sim_file_size(w->disk, "odd") == (int64_t)size);
+        CHECK(sim_file_read(w->disk, "odd", tail, size - end, end) == (ssize_t)(size - end));
+        for (uint64_t k = 0; k < size - end; k++)
+            CHECK(tail[k] == 'o');
+    }
+    nbd_close(&n);
+}
+
+static void odd_finish(struct world *w)
+{
+}
+
+static const struct scenario odd_end = {
+    .name = "odd ends",
+    .state_size = sizeof(uint64_t),
+    .n_seeds = 200,
+    .prepare = odd_prepare,
+    .live = odd_live,
+    .finish = odd_finish,
+};
+
 int main(void)
 {
-    const struct scenario *all[] = {&shared_disks};
-    return scenario_main(all, 1);
+    const struct scenario *all[] = {&shared_disks, &odd_end};
+    return scenario_main(all, 2);
 }
