@@ -72,7 +72,7 @@ struct clients {
 };
 
 /* Every request to a disk that does not hang is answered within this time, whatever others do. */
-#define LATENCY (SECOND / 2)
+#define LATENCY (SECOND / 4)
 
 /* Before the life. */
 struct shared *shared_add(struct clients *c);
