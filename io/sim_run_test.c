@@ -350,6 +350,7 @@ static bool model_run(uint64_t seed, bool drop_sync)
                                        .n_loops = 1 + seed % 3,
                                        .world = w,
                                        .write_error_in = seed % 4 ? 0 : 30,
+                                       .short_in = seed % 3 ? 0 : 2,
                                        .inline_percent = seed % 5 ? 0 : 101},
                   &io) == 0);
     sim_cut_after(io, seed % 7 ? 1 + seed * 37 % 700 : 0);
