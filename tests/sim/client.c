@@ -420,7 +420,6 @@ static void note_error(struct client *c, const struct nbd_op *op, bool fua)
               "%s: command %d got error %d", d->node, op->cmd, op->error);
     if (d->sync_fault && (op->cmd == NBD_CMD_FLUSH || fua))
         model_sync_failed(d->model);
-    d->n_failed++;
 }
 
 static void check_answer(struct client *c, const struct nbd_op *op, uint32_t write, uint64_t sent,
@@ -461,7 +460,6 @@ static void take_answer(struct client *c, struct nbd_op *op)
     uint32_t write = c->rq[op - c->nbd.op].write;
     CHECK_SAY(d->stalls || ns <= LATENCY, "%s: command %d took %" PRIu64 " ms", d->node, op->cmd,
               ns / 1000000);
-    d->worst_ns = MAX(d->worst_ns, ns);
     if (++d->n_done % 16 == 0)
         forget_old(d);
     if (op->error)

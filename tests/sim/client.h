@@ -9,7 +9,6 @@
 
 #define SHARED_MAX 3u
 #define CLIENTS_MAX 6u /* of one disk */
-#define EXPORTS_MAX 2u
 
 /* A bitmap that records: it was made empty between two ticks. */
 struct recording {
@@ -28,10 +27,10 @@ struct shared {
     bool sparse;    /* mostly holes, and requests that make more of them */
     unsigned grain; /* requests are multiples of this */
     uint64_t hot;   /* most of them are at the beginning, where they meet */
+    /* Where something has changed, or was said to be a hole: look there, write there. */
     struct {
         uint64_t off, len;
-    } recent[4]; /* where something has changed, or was said to be a hole: look there, write there
-                  */
+    } recent[4];
     unsigned n_recent;
     bool faulty;     /* requests may fail */
     bool stalls;     /* and take long; else LATENCY is the bound */
@@ -43,7 +42,7 @@ struct shared {
     unsigned generation;
     uint32_t *orphan;
     size_t n_orphans, cap_orphans;
-    uint64_t n_done, n_failed, worst_ns;
+    uint64_t n_done;
 };
 
 struct client {
