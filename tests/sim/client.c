@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define PAD 0xA5
+#define LONG_READ 65536u
 #define NBD_EIO 5
 #define NBD_ENOSPC 28
 #define NBD_ENOTSUP 95
@@ -269,6 +270,18 @@ static void pick_blocks(struct client *c, uint64_t *off, uint64_t *len)
     *len = n ? 4096 * (1 + chance_below(dice, n - first)) : d->size;
 }
 
+/* Long enough that the reply may come in pieces with holes, or straight from the file. */
+static bool pick_long(struct client *c, uint64_t *off, uint64_t *len)
+{
+    struct shared *d = c->d;
+    struct chance *dice = &d->all->w->chance;
+    if (d->size <= LONG_READ || !chance_one_in(dice, 5))
+        return false;
+    *len = LONG_READ + MODEL_UNIT * chance_below(dice, (d->size - LONG_READ) / MODEL_UNIT);
+    *off = MODEL_UNIT * chance_below(dice, (d->size - *len) / MODEL_UNIT);
+    return true;
+}
+
 static void pick_range(struct client *c, uint64_t *off, uint64_t *len)
 {
     struct shared *d = c->d;
@@ -351,7 +364,7 @@ static co_fn void send_one(struct client *c)
     uint8_t *data = NULL;
     uint32_t write = 0;
     bool blocks = cmd != NBD_CMD_WRITE && cmd != NBD_CMD_CACHE;
-    if (pick_recent(c, &off, &len))
+    if ((cmd == NBD_CMD_READ && pick_long(c, &off, &len)) || pick_recent(c, &off, &len))
         ;
     else if (blocks && chance_one_in(&w->chance, d->sparse ? 2 : 8))
         pick_blocks(c, &off, &len);
