@@ -187,9 +187,7 @@ static co_fn bool connect_to(struct client *c)
                     NBD_SEND_WRITE_ZEROES | NBD_SEND_FAST_ZERO | NBD_SEND_CACHE |
                     NBD_CAN_MULTI_CONN;
     CHECK((c->nbd.flags & need) == need);
-    /* After a power cut the file may still have the rest of its last block: see file_pwritev(). */
-    bool grown = d->all->w->cut && d->direct && !d->raw;
-    CHECK(c->nbd.size == d->size || (grown && c->nbd.size >= d->size));
+    CHECK(c->nbd.size == d->size);
     if (c->generation != d->generation)
         c->nbd.n_contexts = 0; /* chosen for an export that is gone */
     c->leaving = false;
