@@ -44,6 +44,13 @@ struct driver_ops {
      */
     struct io_file *(*offload)(struct node *n, uint64_t *base);
     uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
+    /* Somebody waits for the requests inside this node to end (quiesce; the end of an export or of
+     * a job). From drain_begin to drain_end no request may wait here of the driver's own accord,
+     * for a rate or a time: those that do go on at once, those that come go through. It says
+     * nothing of waiting for children. Nested; the last end restores. Control loop, while I/O goes
+     * on; neither yields nor fails. NULL: the driver never makes anybody wait. */
+    void (*drain_begin)(struct node *n);
+    void (*drain_end)(struct node *n);
 };
 
 /* All drivers, ended by NULL (drivers/drivers.c). */
@@ -115,6 +122,8 @@ bool node_reaches(const struct node *from, const struct node *to);
 struct root;
 TAILQ_HEAD(root_list, root);
 TAILQ_HEAD(node_list, node);
+struct throttle_group;
+TAILQ_HEAD(throttle_group_list, throttle_group);
 
 struct graph {
     struct io *io;
@@ -123,6 +132,7 @@ struct graph {
     struct co_rwlock effects; /* a list's effects are not seen before it is over */
     struct node_list nodes;
     struct root_list roots;
+    struct throttle_group_list throttle_groups; /* oldest first */
     unsigned next_auto_name;
     uint64_t next_generation; /* of bitmaps */
     struct quiesce *quiesce;  /* the one under way */

@@ -14,6 +14,7 @@
 #include "base/mem.h"
 #include "block/driver.h"
 #include "block/root.h"
+#include "block/throttle_group.h"
 #include "io/io.h"
 #include "schema/types.h"
 
@@ -26,6 +27,7 @@ int graph_new(struct io *io, struct graph **out)
     g->quiesce_timeout = 3000000000u;
     TAILQ_INIT(&g->nodes);
     TAILQ_INIT(&g->roots);
+    TAILQ_INIT(&g->throttle_groups);
     size_t size = io_n_loops(io) * sizeof *g->loop;
     g->loop = mem_aligned(64, size);
     if (g->loop)
@@ -43,6 +45,7 @@ void graph_free(struct graph *g)
     if (!g)
         return;
     assert(TAILQ_EMPTY(&g->nodes) && TAILQ_EMPTY(&g->roots));
+    throttle_groups_free(g);
     if (g->reaper)
         reaper_free(g);
     mem_free(g->loop);

@@ -42,6 +42,8 @@ struct root {
     struct spin lock; /* guards the parked */
     struct co_queue parked;
     bool quiesced; /* closed and seen empty since */
+    bool drained;  /* quiesce_begin() waits for it: nodes below make nobody wait */
+    bool hurried;  /* the same until its end, by root_hurry() */
     TAILQ_ENTRY(root) link;
     struct gate_count count[]; /* of each loop */
 };
@@ -109,6 +111,31 @@ void root_shut(struct root *r)
 void root_open(struct root *r)
 {
     gate_open(r, CLOSED_SHUT);
+}
+
+/* Tell the drivers below that somebody waits for the requests inside. A node that is reached on two
+ * ways is told twice, at the end too: nothing below a root changes while it is drained. */
+static void drain_below(struct node *n, bool begin)
+{
+    void (*tell)(struct node *) = begin ? n->ops->drain_begin : n->ops->drain_end;
+    if (tell)
+        tell(n);
+    for (unsigned i = 0; i < n->n_children; i++)
+        drain_below(n->child[i], begin);
+}
+
+static void root_drain(struct root *r, bool *why, bool begin)
+{
+    if (*why == begin)
+        return;
+    *why = begin;
+    for (unsigned i = 0; i < r->n_nodes; i++)
+        drain_below(r->node[i], begin);
+}
+
+void root_hurry(struct root *r)
+{
+    root_drain(r, &r->hurried, true);
 }
 
 static long root_inside(struct root *r)
@@ -297,7 +324,7 @@ int node_check_watch(const struct node *n, struct tide_error *err)
 
 int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err)
 {
-    assert(r->n_nodes < ROOT_MAX_NODES);
+    assert(r->n_nodes < ROOT_MAX_NODES && !r->drained && !r->hurried);
     int res = check_perm(n, perm, r->what, err);
     if (res < 0)
         return res;
@@ -356,6 +383,8 @@ void root_free(struct root *r)
     assert(root_inside(r) == 0);
     if (r->graph->quiesce)
         quiesce_forget_root(r->graph->quiesce, r);
+    root_drain(r, &r->drained, false);
+    root_drain(r, &r->hurried, false);
     /* Giving up cannot be refused, but it takes a while: until it is done the node stays in use. */
     for (unsigned i = 0; i < r->n_nodes; i++) {
         r->perm[i] = 0;
@@ -415,7 +444,7 @@ static struct root *first_busy(struct quiesce *q)
     return NULL;
 }
 
-static co_fn int drain(struct quiesce *q, struct tide_error *err)
+static co_fn int wait_for_rest(struct quiesce *q, struct tide_error *err)
 {
     uint64_t deadline = q->since + q->graph->quiesce_timeout;
     while (first_busy(q)) {
@@ -433,6 +462,18 @@ static co_fn int drain(struct quiesce *q, struct tide_error *err)
             busy->what);
     }
     return 0;
+}
+
+/* When all are out nobody can wait in a driver any more, and those who reach the same nodes past
+ * these roots are slowed down again. */
+static co_fn int drain(struct quiesce *q, struct tide_error *err)
+{
+    for (unsigned i = 0; i < q->n; i++)
+        root_drain(q->root[i], &q->root[i]->drained, true);
+    int r = wait_for_rest(q, err);
+    for (unsigned i = 0; i < q->n; i++)
+        root_drain(q->root[i], &q->root[i]->drained, false);
+    return r;
 }
 
 int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n, enum quiesce_kind kind,

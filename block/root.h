@@ -49,6 +49,11 @@ co_fn void root_enter(struct root *r);
 bool root_try_enter(struct root *r);
 void root_leave(struct root *r);
 
+/* The end of this root has begun and somebody waits for those inside: until root_free() no driver
+ * below makes a request wait for a rate. Others who use the same nodes meanwhile profit from that
+ * (and are charged). More than once is fine. Control loop. */
+void root_hurry(struct root *r);
+
 /* Close and drain everything that reaches one of the nodes; fails, with every gate open again and
  * nothing changed, when draining takes longer than the limit. Control loop. */
 enum quiesce_kind { QUIESCE_WRITES, QUIESCE_ALL };

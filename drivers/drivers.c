@@ -4,6 +4,6 @@
 #include "drivers/drivers.h"
 
 const struct driver_ops *const drivers[] = {
-    &blkdebug_driver, &file_driver, &host_device_driver, &null_aio_driver, &null_co_driver,
-    &raw_driver,      NULL,
+    &blkdebug_driver, &file_driver, &host_device_driver, &null_aio_driver,
+    &null_co_driver,  &raw_driver,  &throttle_driver,    NULL,
 };

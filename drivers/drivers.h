@@ -7,3 +7,4 @@ extern const struct driver_ops blkdebug_driver;
 extern const struct driver_ops file_driver, host_device_driver;
 extern const struct driver_ops null_aio_driver, null_co_driver;
 extern const struct driver_ops raw_driver;
+extern const struct driver_ops throttle_driver;

@@ -287,7 +287,7 @@ static void words_are_checked(void **state)
     refuse(
         f, &q_blockdev_add_type, "{\"driver\":\"qcow9\"}",
         "member 'driver' cannot be 'qcow9'; it can be file, host_device, raw, null-co, null-aio, "
-        "blkdebug");
+        "blkdebug, throttle");
     refuse(f, &q_blockdev_add_type, "{\"driver\":\"fil\"}",
            "member 'driver' cannot be 'fil'; did you mean 'file'?");
     refuse(f, &q_blockdev_add_type, "{\"driver\":{}}",
