@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Commands about exports, the NBD server and objects. */
+/* Commands about exports and the NBD server. */
 #include <errno.h>
 
 #include "export/export.h"
@@ -101,23 +101,4 @@ int qmp_query_block_exports(struct qmp_call *call, const struct q_query_block_ex
 {
     *ret = exports_query(call->inst->exports);
     return *ret ? 0 : tide_fail(err, -ENOMEM, "no memory for the answer");
-}
-
-/* ------------------------------------------------------------------ objects */
-
-int qmp_object_add(struct qmp_call *call, const struct q_object_add *args, json_t **ret,
-                   struct tide_error *err)
-{
-    return iothread_add(call->inst->exports, args->id, err);
-}
-
-int qmp_object_del(struct qmp_call *call, const struct q_object_del *args, json_t **ret,
-                   struct tide_error *err)
-{
-    return iothread_del(call->inst->exports, args->id, err);
-}
-
-int add_object(struct instance *inst, const struct q_object_options *o, struct tide_error *err)
-{
-    return iothread_add(inst->exports, o->id, err);
 }

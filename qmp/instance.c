@@ -14,6 +14,7 @@
 static void free_parts(struct instance *inst)
 {
     monitors_free(inst->monitors);
+    objects_free(inst);
     exports_free(inst->exports);
     jobs_free(inst->jobs);
     graph_free(inst->graph);
@@ -27,6 +28,7 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
     int r = inst ? 0 : -ENOMEM;
     if (r == 0) {
         inst->io = io;
+        TAILQ_INIT(&inst->objects);
         r = event_bus_new(io, &inst->bus);
     }
     if (r == 0)

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "co/co.h"
 #include "io/io.h"
+#include "qmp/object.h"
 #include "txn/txn.h"
 
 struct event_bus;
@@ -19,6 +20,7 @@ struct instance {
     struct graph *graph;
     struct jobs *jobs;
     struct exports *exports;
+    struct object_list objects;
     struct txn_env txn;
     struct monitors *monitors;
     struct io_event quit; /* somebody asked the daemon to end */

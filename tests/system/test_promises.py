@@ -288,7 +288,7 @@ def test_query_tidemark(tide):
     assert any(re.fullmatch(r'jansson \d+\.\d+(\.\d+)?', lib) for lib in info['libraries'])
 
 
-@pytest.mark.parametrize('kind', ['secret', 'tls-creds-x509', 'throttle-group', 'rng-random', 'nosuch'])
+@pytest.mark.parametrize('kind', ['secret', 'tls-creds-x509', 'authz-list', 'rng-random', 'nosuch'])
 def test_other_objects_are_refused_by_name(tide, kind):
     with pytest.raises(QmpError, match=kind):
         tide.cmd('object-add', {'qom-type': kind, 'id': 'o'})
