@@ -220,6 +220,7 @@ static bool export_shut(struct export *e)
 {
     assert(!e->dying);
     e->dying = true;
+    root_hurry(e->nbd.root); /* what its clients left in a throttle's queue does not hold it up */
     return nbd_export_shut(e->x->nbd, &e->nbd);
 }
 

@@ -294,9 +294,20 @@ static co_fn int backup_run(struct job *j)
     return r;
 }
 
+/* Its end does not wait for requests that a throttle holds back. */
+static void hurry(struct backup *b)
+{
+    if (b->unit_root)
+        root_hurry(b->unit_root);
+    if (b->spill_root)
+        root_hurry(b->spill_root);
+}
+
 static void backup_kick(struct job *j)
 {
     struct backup *b = (struct backup *)j;
+    if (job_cancelled(j))
+        hurry(b);
     if (b->worker)
         backup_kick_all(b);
     backup_wake_starving(b);
