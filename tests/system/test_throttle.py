@@ -427,7 +427,7 @@ def test_the_server_stops_without_waiting(stuck):
 
 @pytest.mark.parametrize('how', ['quit', signal.SIGTERM])
 def test_the_end_of_the_daemon_does_not_wait(stuck, how):
-    start_backup(stuck, 't0')
+    start_stuck_backup(stuck, 'source')
     began = time.monotonic()
     if how == 'quit':
         stuck.cmd('quit')
@@ -471,16 +471,23 @@ def test_a_backup_goes_at_the_rate(tide, side):
         assert a.read() == b.read()
 
 
+def start_stuck_backup(d, side):
+    """A job whose first piece has gone and whose others wait, at a byte per second."""
+    d.add_disk('s', 64 * MiB)
+    d.add_disk('t', 64 * MiB)
+    qemu_io(d.path('s.raw'), 'write -P 1 0 64M')
+    add_group(d, 'tj', bps_total=1)
+    add_throttled(d, 'tn', 'tj', file='s' if side == 'source' else 't')
+    names = ('tn', 't') if side == 'source' else ('s', 'tn')
+    start_backup(d, names[0], target=names[1])
+    end = time.monotonic() + DEADLINE
+    while not d.cmd('query-jobs')[0]['current-progress']:
+        assert time.monotonic() < end
+
+
 @pytest.mark.parametrize('side', ['source', 'target'])
 def test_cancel_does_not_wait_for_the_queue(tide, side):
-    tide.add_disk('s', 64 * MiB)
-    tide.add_disk('t', 64 * MiB)
-    qemu_io(tide.path('s.raw'), 'write -P 1 0 64M')
-    add_group(tide, bps_total=1)
-    add_throttled(tide, file='s' if side == 'source' else 't')
-    names = ('t0', 't') if side == 'source' else ('s', 't0')
-    start_backup(tide, names[0], target=names[1])
-    tide.qmp.event('JOB_STATUS_CHANGE', id='j', status='running')
+    start_stuck_backup(tide, side)
     assert tide.cmd('query-jobs')[0]['status'] == 'running'
     tide.cmd('job-cancel', id='j')
     assert took(tide.qmp.job_end, 'j') < 5
