@@ -216,10 +216,21 @@ static co_fn void look_at_target(struct backup *b)
     b->target_is_zero = off >= b->size;
 }
 
+/* Its end does not wait for requests that a throttle holds back. */
+static void hurry(struct backup *b)
+{
+    if (b->unit_root)
+        root_hurry(b->unit_root);
+    if (b->spill_root)
+        root_hurry(b->spill_root);
+}
+
 static void wait_for_workers(struct backup *b)
 {
     while (atomic_load(&b->n_running)) {
         io_event_wait(&b->job.kick, IO_FOREVER);
+        if (atomic_load(&b->failed))
+            hurry(b);
         unsigned parked = atomic_load(&b->n_parked), running = atomic_load(&b->n_running);
         bool still = job_wants_pause(&b->job) && parked + 1 >= running;
         job_set_parked(&b->job, still);
@@ -292,15 +303,6 @@ static co_fn int backup_run(struct job *j)
         log_info("backup", "job '%s': %llu guest writes waited for memory", j->id,
                  (unsigned long long)b->n_waits);
     return r;
-}
-
-/* Its end does not wait for requests that a throttle holds back. */
-static void hurry(struct backup *b)
-{
-    if (b->unit_root)
-        root_hurry(b->unit_root);
-    if (b->spill_root)
-        root_hurry(b->spill_root);
 }
 
 static void backup_kick(struct job *j)

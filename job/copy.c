@@ -62,6 +62,7 @@ static co_fn void io_failed(struct worker *w, bool read, int error)
         atomic_compare_exchange_strong(&b->failure, &none, error);
         atomic_store(&b->failed, true);
         backup_kick_all(b);
+        backup_kick_main(b);
     } else if (c.action == JOB_ERROR_IGNORE) {
         io_event_wait(&w->kick, io_now(graph_io(b->graph)) + IGNORE_PAUSE);
     }

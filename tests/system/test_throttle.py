@@ -493,6 +493,20 @@ def test_cancel_does_not_wait_for_the_queue(tide, side):
     assert took(tide.qmp.job_end, 'j') < 5
 
 
+def test_a_failed_job_does_not_wait_for_the_queue(tide):
+    """One piece cannot be read; those that could wait for a target at a byte per second."""
+    tide.add_disk('s', 64 * MiB)
+    tide.add_disk('t', 64 * MiB)
+    qemu_io(tide.path('s.raw'), 'write -P 1 0 64M')
+    tide.cmd('blockdev-add', {'driver': 'blkdebug', 'node-name': 'bad', 'image': 's', 'inject-error': [
+        {'event': 'read_aio', 'sector': 3 * MiB // 512, 'errno': 5}]})
+    add_group(tide, bps_total=1)
+    add_throttled(tide, file='t')
+    start_backup(tide, 'bad', target='t0')
+    tide.qmp.event('BLOCK_JOB_ERROR', device='j')
+    assert took(tide.qmp.job_end, 'j') < 5
+
+
 def test_the_end_of_a_job_does_not_wait_for_guests(tide):
     """Its last step holds the disk's writes, while a guest's wait in the throttle above it."""
     tide.add_disk('d', 2 * MiB)
