@@ -43,6 +43,8 @@ const char options_help[] =
     "  --export nbd,id=ID,node-name=NODE[,name=NAME][,writable=on][,bitmaps.0=BITMAP]\n"
     "                          export a node (block-export-add)\n"
     "  --object iothread,id=ID give one of the loops a name, for exports\n"
+    "  --object throttle-group,id=ID,limits.iops-total=N[,limits.KEY=N...]\n"
+    "                          limits that nodes of driver throttle share\n"
     "  --daemonize             go to the background once everything is up\n"
     "  --pidfile FILE          write the process id there\n"
     "  --engine auto|io_uring|portable\n"
