@@ -343,6 +343,18 @@ def test_rates_are_kept(tide):
     assert c.finish() >= 0.48
 
 
+def test_long_reads_of_cached_data_are_counted(tide):
+    """There is no way past the throttle into the page cache of the file below."""
+    tide.add_disk('d', 8 * MiB)
+    add_group(tide, bps_read=10 * MiB)
+    add_throttled(tide, file='d')
+    uri = tide.export('t0')
+    qemu_io(uri, 'write -P 3 0 8M')
+    c = Client(uri)
+    c.send(8, MiB)  # 2 at once
+    assert c.finish() >= 0.59
+
+
 def test_a_change_frees_those_who_wait(tide):
     add_group(tide, iops_total=1)
     add_throttled(tide)
