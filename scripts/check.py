@@ -59,8 +59,10 @@ def stages():
                'tests/system/test_block_path.py::test_parts_of_a_block_written_at_once', NO_GUEST),
         Stage('fuzz', ['scripts/fuzz.sh', '600' if LONG else '10'], limit=hours),
         Stage('demo', ['./run']),
-        Stage('bench', ['bench/run', '--quick', '--peer', 'tidemarkd,qsd', '--cases',
-                        '4k-randread-qd16$|4k-randwrite-qd16$|backup|transaction|greeting']),
+        Stage('bench', ['bench/run', '--quick', '--peer', 'tidemarkd,qsd,no-server', '--cases',
+                        '^(4k-rand(read|write|mixed)-qd16|1m-seqwrite-qd16|tmpfs:4k-randread-qd64|'
+                        'direct:(4k-randwrite-qd64|1m-seqread-qd16))$|recording|backup|guest|'
+                        'block-status|greeting|memory|qmp-']),
     ]
 
 

@@ -454,7 +454,7 @@ def test_grouped_finalize_by_hand(pair, by):
 def test_individual_finalize_by_hand(pair):
     start_pair(pair, False, a={'auto-finalize': False}, b={'speed': 0})
     assert end_of(pair, 'jb') == OK
-    assert job(pair, 'ja')['status'] == 'pending'
+    wait_status(pair, 'ja', 'pending')
     pair.cmd('job-finalize', id='ja')
     pair.qmp.job_end('ja')
 
