@@ -19,6 +19,7 @@
 #include "event/event.h"
 #include "export/export.h"
 #include "export/nbd/nbd.h"
+#include "io/sim.h"
 #include "schema/types.h"
 
 /* cmocka's own asserts jump, which a coroutine must not. */
@@ -54,9 +55,39 @@ static void request_is_decoded(void **state)
     assert_int_equal(rq.cmd, NBD_CMD_WRITE_ZEROES);
     assert_true(rq.cookie == 0x0102030405060708ull);
     assert_true(rq.off == 1ull << 32);
-    assert_true(rq.len == UINT32_MAX);
+    assert_true(rq.len == UINT32_MAX && rq.payload == 0);
+    p[7] = NBD_CMD_WRITE;
+    assert_int_equal(nbd_request_decode(p, &rq), 0);
+    assert_true(rq.payload == UINT32_MAX);
     p[3] ^= 1;
     assert_int_equal(nbd_request_decode(p, &rq), -EPROTO);
+}
+
+static void extended_request_is_decoded(void **state)
+{
+    static const struct {
+        unsigned cmd, flags;
+        uint64_t payload;
+    } t[] = {
+        {NBD_CMD_READ, 0, 0},
+        {NBD_CMD_WRITE, NBD_FLAG_PAYLOAD_LEN, 0x8000000000000002ull},
+        {NBD_CMD_WRITE, NBD_FLAG_FUA, NBD_PAYLOAD_LOST},
+        {NBD_CMD_BLOCK_STATUS, NBD_FLAG_PAYLOAD_LEN, 0x8000000000000002ull},
+        {NBD_CMD_BLOCK_STATUS, NBD_FLAG_REQ_ONE, 0},
+    };
+    for (unsigned i = 0; i < sizeof t / sizeof *t; i++) {
+        uint8_t p[NBD_EXT_REQUEST_LEN] = {
+            0x21, 0xe4, 0x1c, 0x71, 0, t[i].flags, 0, t[i].cmd, 1,    2, 3, 4, 5, 6, 7, 8,
+            0xff, 0,    0,    0,    0, 0,          0, 1,        0x80, 0, 0, 0, 0, 0, 0, 2};
+        struct nbd_request rq;
+        assert_int_equal(nbd_ext_request_decode(p, &rq), 0);
+        assert_int_equal(rq.flags, t[i].flags);
+        assert_int_equal(rq.cmd, t[i].cmd);
+        assert_true(rq.cookie == 0x0102030405060708ull && rq.off == 0xff00000000000001ull);
+        assert_true(rq.len == 0x8000000000000002ull && rq.payload == t[i].payload);
+        p[0] ^= 1;
+        assert_int_equal(nbd_ext_request_decode(p, &rq), -EPROTO);
+    }
 }
 
 static void errno_goes_over_the_wire(void **state)
@@ -125,6 +156,13 @@ static void requests_have_a_cost(void **state)
     assert_true(nbd_request_cost(&c, &rq) == 1000 * (head + 8));
     rq = (struct nbd_request){.cmd = NBD_CMD_BLOCK_STATUS, .len = 5};
     assert_true(nbd_request_cost(&c, &rq) == 1000 * (head + 8 * 5));
+    c = (struct nbd_conn){.n_contexts = 3, .n_chosen = 2, .structured = true, .extended = true};
+    rq = (struct nbd_request){.cmd = NBD_CMD_BLOCK_STATUS, .len = UINT64_MAX};
+    const uint64_t wide = NBD_EXT_CHUNK_LEN + 8;
+    assert_true(nbd_request_cost(&c, &rq) == 2 * wide + 16 * NBD_MAX_EXTENTS);
+    rq.payload = rq.len = 12; /* the length asked for comes with the payload */
+    assert_true(nbd_request_cost(&c, &rq) == 2 * wide + 16 * NBD_MAX_EXTENTS);
+    c.extended = false;
     static const struct {
         unsigned cmd;
         uint64_t len, cost;
@@ -134,8 +172,9 @@ static void requests_have_a_cost(void **state)
         {NBD_CMD_READ, NBD_MAX_PAYLOAD + 1, 0},
         {NBD_CMD_WRITE, 4096, 4096},
         {NBD_CMD_CACHE, MIB, MIB},
-        {NBD_CMD_CACHE, UINT32_MAX, 0},
-        {NBD_CMD_TRIM, UINT32_MAX, 0},
+        {NBD_CMD_CACHE, UINT32_MAX, NBD_MAX_PAYLOAD},
+        {NBD_CMD_CACHE, UINT64_MAX, NBD_MAX_PAYLOAD},
+        {NBD_CMD_TRIM, UINT64_MAX, 0},
         {NBD_CMD_WRITE_ZEROES, MIB, 0},
         {NBD_CMD_FLUSH, 0, 0},
         {99, MIB, 0},
@@ -144,6 +183,35 @@ static void requests_have_a_cost(void **state)
         rq = (struct nbd_request){.cmd = t[i].cmd, .len = t[i].len};
         assert_true(nbd_request_cost(&c, &rq) == t[i].cost);
         assert_true(nbd_request_bytes(&rq) == t[i].cost);
+    }
+}
+
+/* Which payloads are kept for the request; all others are read past. */
+static void payloads_are_taken_or_not(void **state)
+{
+    struct nbd_conn c = {.n_contexts = 5, .n_chosen = 2}, none = {0};
+    static const struct {
+        unsigned cmd;
+        uint64_t payload;
+        bool with, without;
+    } t[] = {
+        {NBD_CMD_WRITE, 1, true, true},
+        {NBD_CMD_WRITE, NBD_MAX_PAYLOAD, true, true},
+        {NBD_CMD_WRITE, NBD_MAX_PAYLOAD + 1, false, false},
+        {NBD_CMD_WRITE, NBD_PAYLOAD_LOST, false, false},
+        {NBD_CMD_BLOCK_STATUS, 8, false, false},
+        {NBD_CMD_BLOCK_STATUS, 11, false, false},
+        {NBD_CMD_BLOCK_STATUS, 12, true, false},
+        {NBD_CMD_BLOCK_STATUS, 16, true, false},
+        {NBD_CMD_BLOCK_STATUS, 20, false, false},
+        {NBD_CMD_BLOCK_STATUS, UINT64_MAX - 3, false, false},
+        {NBD_CMD_READ, 12, false, false},
+        {99, 12, false, false},
+    };
+    for (unsigned i = 0; i < sizeof t / sizeof *t; i++) {
+        struct nbd_request rq = {.cmd = t[i].cmd, .len = t[i].payload, .payload = t[i].payload};
+        assert_int_equal(nbd_request_takes_payload(&c, &rq), t[i].with);
+        assert_int_equal(nbd_request_takes_payload(&none, &rq), t[i].without);
     }
 }
 
@@ -278,6 +346,15 @@ static void with_world(unsigned n_loops, void (*body)(struct world *))
     io_free(w.io);
     unlink(w.path);
     assert_int_equal(rmdir(w.dir), 0);
+}
+
+/* The same in the simulator, where time is made up and nothing is waited for. */
+static void with_sim_world(uint64_t seed, unsigned n_loops, void (*body)(struct world *))
+{
+    struct world w = {.body = body, .path = "disk", .addr = {.type = IO_ADDR_UNIX, .path = "sock"}};
+    assert_int_equal(sim_new(&(struct sim_config){.seed = seed, .n_loops = n_loops}, &w.io), 0);
+    assert_int_equal(io_run(w.io, world_main, &w), 0);
+    io_free(w.io);
 }
 
 /* ------------------------------------------------------------------ a client */
@@ -570,7 +647,7 @@ static void options_body(struct world *w)
     CHECK_EQ(option(s, NBD_OPT_LIST, NULL, 0), NBD_REP_ACK);
     CHECK_EQ(option(s, NBD_OPT_LIST, zero, 1), NBD_REP_ERR_INVALID);
     CHECK_EQ(option(s, NBD_OPT_STARTTLS, NULL, 0), NBD_REP_ERR_POLICY);
-    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ERR_UNSUP);
+    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, zero, 1), NBD_REP_ERR_INVALID);
     CHECK_EQ(option(s, 4711, big, 100), NBD_REP_ERR_UNSUP);
     CHECK_EQ(option(s, NBD_OPT_INFO, big, sizeof big), NBD_REP_ERR_TOO_BIG);
     CHECK_EQ(option(s, NBD_OPT_INFO, data, go_data(data, "zz")), NBD_REP_ERR_UNKNOWN);
@@ -584,6 +661,9 @@ static void options_body(struct world *w)
     CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ERR_INVALID);
     CHECK_EQ(option(s, NBD_OPT_SET_META_CONTEXT, data, len - 1), NBD_REP_ERR_INVALID);
     CHECK_EQ(option(s, NBD_OPT_SET_META_CONTEXT, data, len), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ERR_INVALID);
+    CHECK_EQ(option(s, NBD_OPT_STRUCTURED_REPLY, NULL, 0), NBD_REP_ERR_EXT_HEADER_REQD);
     CHECK_EQ(option(s, NBD_OPT_ABORT, NULL, 0), NBD_REP_ACK);
     CHECK(is_closed(s));
     io_sock_close(s);
@@ -683,6 +763,91 @@ static void haggling_has_an_end(void **state)
     with_world(2, haggle_limit_body);
 }
 
+static struct io_sock *silent_one(struct world *w, unsigned how)
+{
+    uint8_t data[256];
+    struct io_sock *s;
+    if (how == 0) { /* not even its flags */
+        CHECK_EQ(io_connect(&w->addr, &s), 0);
+        return s;
+    }
+    s = dial(w);
+    if (how == 2)
+        send_option(s, NBD_OPT_GO, data, 3); /* a piece of an option */
+    if (how == 3)
+        CHECK_EQ(option(s, NBD_OPT_LIST, NULL, 0), NBD_REP_ACK);
+    return s;
+}
+
+/* 10 s for the handshake, whatever the client does in it; no limit once it is over. */
+static void time_limit_body(struct world *w)
+{
+    struct io_sock *silent[8];
+    uint64_t began[8];
+    char c;
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\"}");
+    struct io_sock *idle = connected(w, "n", false);
+    for (unsigned i = 0; i < 8; i++) {
+        began[i] = io_now(w->io);
+        silent[i] = silent_one(w, i % 4);
+        io_sleep(NBD_HANDSHAKE_NS / 16);
+    }
+    for (unsigned i = 0; i < 8; i++) {
+        ssize_t n;
+        do {
+            n = io_recv(silent[i], &c, 1);
+        } while (n > 0);
+        uint64_t took = io_now(w->io) - began[i];
+        CHECK(took >= NBD_HANDSHAKE_NS && took < NBD_HANDSHAKE_NS + NBD_HANDSHAKE_NS / 16);
+        io_sock_close(silent[i]);
+    }
+    request(idle, NBD_CMD_FLUSH, 0, 0, 0, NULL, 0);
+    CHECK_EQ(simple_reply(idle, NULL, 0), 0);
+    io_sock_close(idle);
+}
+
+static void handshakes_have_a_time_limit(void **state)
+{
+    for (uint64_t seed = 1; seed <= 20; seed++)
+        with_sim_world(seed, 1 + seed % 3, time_limit_body);
+}
+
+/* The n+1st is not even greeted before one of the n has left. */
+static void limit_body(struct world *w)
+{
+    enum { N = 3 };
+    struct io_sock *s[N + 1];
+    uint8_t hello[18];
+    start_server(w, N);
+    add_export(w, NBD_N "\"id\":\"e\"}");
+    for (unsigned i = 0; i < N; i++)
+        s[i] = connected(w, "n", false);
+    CHECK_EQ(io_connect(&w->addr, &s[N]), 0);
+    uint64_t asked = io_now(w->io);
+    for (unsigned i = 0; i < N; i++) {
+        io_sleep(1000000000u);
+        request(s[i], NBD_CMD_FLUSH, 0, 0, 0, NULL, 0);
+        CHECK_EQ(simple_reply(s[i], NULL, 0), 0);
+    }
+    uint64_t left = io_now(w->io);
+    CHECK(left - asked >= N * UINT64_C(1000000000));
+    io_sock_close(s[1]);
+    CHECK_EQ(io_recv_all(s[N], hello, sizeof hello), 0);
+    CHECK(io_now(w->io) - left < 1000000000u);
+    CHECK_EQ(w->n_deleted, 0);
+    for (unsigned i = 0; i <= N; i++) {
+        if (i != 1)
+            io_sock_close(s[i]);
+    }
+}
+
+static void who_is_too_much_waits(void **state)
+{
+    for (uint64_t seed = 1; seed <= 20; seed++)
+        with_sim_world(seed, 1 + seed % 3, limit_body);
+}
+
 /* ------------------------------------------------------------------ transmission */
 
 static void requests_body(struct world *w)
@@ -708,7 +873,9 @@ static void requests_body(struct world *w)
         {NBD_CMD_WRITE_ZEROES, 0, DISK, 0, 0},
         {NBD_CMD_CACHE, 0, 0, DISK, 0},
         {NBD_CMD_CACHE, 0, 0, DISK + 1, 22},
-        {NBD_CMD_BLOCK_STATUS, 0, 0, 512, 22}, /* no context was chosen */
+        {NBD_CMD_CACHE, 0, UINT64_MAX - 100, 200, 22},
+        {NBD_CMD_TRIM, NBD_FLAG_PAYLOAD_LEN, 0, 1, 22}, /* no extended headers here */
+        {NBD_CMD_BLOCK_STATUS, 0, 0, 512, 22},          /* no context was chosen */
         {99, 0, 0, 0, 22},
     };
     start_server(w, 0);
@@ -919,6 +1086,99 @@ static void cache_leaves_turns_to_others(void **state)
     with_world(1, cache_body);
 }
 
+static void ext_request(struct io_sock *s, const struct nbd_request *rq, const void *payload)
+{
+    uint8_t head[NBD_EXT_REQUEST_LEN];
+    put_be32(head, NBD_EXT_REQUEST_MAGIC);
+    put_be16(head + 4, rq->flags);
+    put_be16(head + 6, rq->cmd);
+    put_be64(head + 8, 42);
+    put_be64(head + 16, rq->off);
+    put_be64(head + 24, rq->len);
+    struct iovec iov[2] = {{head, sizeof head}, {(void *)payload, rq->payload}};
+    CHECK_EQ(io_send(s, iov, rq->payload ? 2 : 1), 0);
+}
+
+/* The reply to an extended request, in one chunk; 0 or the error. */
+static uint32_t ext_reply(struct io_sock *s, const struct nbd_request *rq, struct chunk *c)
+{
+    uint8_t head[NBD_EXT_CHUNK_LEN];
+    CHECK_EQ(io_recv_all(s, head, sizeof head), 0);
+    CHECK_EQ(get_be32(head), NBD_EXT_CHUNK_MAGIC);
+    CHECK(get_be64(head + 8) == 42 && get_be64(head + 16) == rq->off);
+    CHECK_EQ(get_be16(head + 4), NBD_CHUNK_DONE);
+    c->type = get_be16(head + 6);
+    CHECK(get_be64(head + 24) <= sizeof c->data);
+    c->len = (uint32_t)get_be64(head + 24);
+    if (c->len)
+        CHECK_EQ(io_recv_all(s, c->data, c->len), 0);
+    return c->type == NBD_CHUNK_ERROR ? get_be32(c->data) : 0;
+}
+
+static void extended_body(struct world *w)
+{
+    static struct chunk c;
+    static uint8_t data[70000];
+    enum { P = NBD_FLAG_PAYLOAD_LEN };
+    const uint64_t max = UINT64_MAX, big = NBD_MAX_PAYLOAD + 1;
+    const struct {
+        struct nbd_request rq;
+        uint32_t want, len;
+    } t[] = {
+        {{.cmd = NBD_CMD_READ, .off = 5, .len = 1000}, 0, 1008},
+        {{.cmd = NBD_CMD_READ, .len = big}, 22, 0},
+        {{.cmd = NBD_CMD_READ, .off = max, .len = 1}, 22, 0},
+        {{.cmd = NBD_CMD_READ, .len = 8, .payload = 8, .flags = P}, 22, 0},
+        {{.cmd = NBD_CMD_WRITE, .off = 9, .len = 70000, .payload = 70000, .flags = P}, 0, 0},
+        {{.cmd = NBD_CMD_WRITE, .off = DISK, .len = 1, .payload = 1, .flags = P}, 28, 0},
+        {{.cmd = NBD_CMD_TRIM, .len = DISK}, 0, 0},
+        {{.cmd = NBD_CMD_TRIM, .len = 70000, .payload = 70000, .flags = P}, 22, 0},
+        {{.cmd = NBD_CMD_TRIM, .len = max}, 22, 0},
+        {{.cmd = NBD_CMD_WRITE_ZEROES, .off = 1, .len = max}, 28, 0},
+        {{.cmd = NBD_CMD_CACHE, .len = DISK}, 0, 0},
+        {{.cmd = NBD_CMD_BLOCK_STATUS, .off = MIB, .len = MIB}, 0, 24},
+        {{.cmd = NBD_CMD_BLOCK_STATUS, .len = 12, .payload = 12, .flags = P},
+         22,
+         0}, /* of 0 bytes */
+        {{.cmd = NBD_CMD_BLOCK_STATUS, .len = 9, .payload = 9, .flags = P}, 22, 0},
+        {{.cmd = 4711, .len = 3, .payload = 3, .flags = P}, 22, 0},
+        {{.cmd = NBD_CMD_FLUSH}, 0, 0},
+    };
+    uint8_t text[256];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = dial(w);
+    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_SET_META_CONTEXT, text, meta_data(text, "n", "base:allocation")),
+             NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_GO, text, go_data(text, "n")), NBD_REP_ACK);
+    for (unsigned i = 0; i < sizeof t / sizeof *t; i++) {
+        ext_request(s, &t[i].rq, data);
+        CHECK_EQ(ext_reply(s, &t[i].rq, &c), t[i].want);
+        CHECK(t[i].want ? c.len > 6 : c.len == t[i].len);
+    }
+    uint8_t filter[12] = {0};
+    put_be64(filter, DISK); /* the effect length, then the id of base:allocation: 0 */
+    struct nbd_request rq = {
+        .cmd = NBD_CMD_BLOCK_STATUS, .len = 12, .payload = 12, .flags = NBD_FLAG_PAYLOAD_LEN};
+    ext_request(s, &rq, filter);
+    CHECK_EQ(ext_reply(s, &rq, &c), 0);
+    CHECK(c.type == NBD_CHUNK_BLOCK_STATUS_EXT && c.len == 24 && get_be32(c.data + 4) == 1);
+    CHECK(get_be64(c.data + 8) == DISK && get_be64(c.data + 16) == 3);
+    rq = (struct nbd_request){.cmd = NBD_CMD_WRITE, .len = 512};
+    ext_request(s, &rq, NULL);
+    CHECK_EQ(ext_reply(s, &rq, &c), 22);
+    CHECK(is_closed(s));
+    io_sock_close(s);
+}
+
+static void extended_headers_are_spoken(void **state)
+{
+    with_world(2, extended_body);
+    for (uint64_t seed = 1; seed <= 10; seed++)
+        with_sim_world(seed, 2, extended_body);
+}
+
 /* ------------------------------------------------------------------ gate, bounds */
 
 struct gate_try {
@@ -1066,6 +1326,77 @@ static void slow_client_holds_up_nobody(void **state)
     with_world(2, slow_body);
 }
 
+/* A client whose replies fill its socket: safe deletion is refused and says why, hard deletion is
+ * over at once, and the node is free again. */
+static void unread_body(struct world *w)
+{
+    enum { P = 100 };
+    struct tide_error err;
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    for (unsigned i = 0; i < P; i++)
+        request(s, NBD_CMD_READ, 0, 0, 1u << 20, NULL, 0);
+    io_sleep(1000000000u);
+    CHECK_EQ(export_del(w->x, "e", false, &err), -EBUSY);
+    CHECK(strstr(err.msg, "'e' is in use by 1 connection") && strstr(err.msg, "'hard'"));
+    uint64_t before = io_now(w->io);
+    CHECK_EQ(export_del(w->x, "e", true, &err), 0);
+    wait_deleted(w, 1);
+    CHECK(io_now(w->io) - before < 1000000000u);
+    CHECK_EQ(graph_del(w->graph, "n", &err), 0);
+    io_sock_close(s);
+}
+
+static void unread_replies_do_not_keep_an_export(void **state)
+{
+    for (uint64_t seed = 1; seed <= 10; seed++)
+        with_sim_world(seed, 1 + seed % 3, unread_body);
+}
+
+/* Zeroing 2^60 bytes: it stops when the export is deleted hard, also after the client's goodbye. */
+static void endless_body(struct world *w)
+{
+    struct arena a = {0};
+    struct tide_error err;
+    struct node *n;
+    CHECK_EQ(graph_add(w->graph,
+                       parse(&q_blockdev_options_type,
+                             "{\"driver\":\"null-co\",\"node-name\":\"z\",\"size\":"
+                             "1152921504606846976,\"latency-ns\":1000000}",
+                             &a),
+                       &n, &err),
+             0);
+    arena_free(&a);
+    start_server(w, 0);
+    for (unsigned i = 0; i < 4; i++) {
+        struct nbd_request rq = {.cmd = i % 2 ? NBD_CMD_TRIM : NBD_CMD_WRITE_ZEROES,
+                                 .len = UINT64_C(1) << 60};
+        struct nbd_request bye = {.cmd = NBD_CMD_DISC};
+        uint8_t data[64];
+        add_export(w, "{\"type\":\"nbd\",\"node-name\":\"z\",\"id\":\"e\",\"writable\":true}");
+        struct io_sock *s = dial(w);
+        CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ACK);
+        CHECK_EQ(option(s, NBD_OPT_GO, data, go_data(data, "z")), NBD_REP_ACK);
+        ext_request(s, &rq, NULL);
+        if (i / 2)
+            ext_request(s, &bye, NULL);
+        io_sleep(100000000u);
+        CHECK_EQ(export_del(w->x, "e", false, &err), -EBUSY);
+        uint64_t before = io_now(w->io);
+        CHECK_EQ(export_del(w->x, "e", true, &err), 0);
+        wait_deleted(w, i + 1);
+        CHECK(io_now(w->io) - before < 1000000000u);
+        io_sock_close(s);
+    }
+}
+
+static void long_requests_end_with_their_export(void **state)
+{
+    for (uint64_t seed = 1; seed <= 5; seed++)
+        with_sim_world(seed, 1 + seed % 2, endless_body);
+}
+
 /* Clients that go away in the middle of anything leave nothing behind (the sanitizers look). */
 static void leave_body(struct world *w)
 {
@@ -1096,9 +1427,11 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(request_is_decoded),
+        cmocka_unit_test(extended_request_is_decoded),
         cmocka_unit_test(errno_goes_over_the_wire),
         cmocka_unit_test(contexts_match_queries),
         cmocka_unit_test(requests_have_a_cost),
+        cmocka_unit_test(payloads_are_taken_or_not),
         cmocka_unit_test(wrong_exports_are_refused),
         cmocka_unit_test(long_names_are_refused),
         cmocka_unit_test(exports_come_and_go),
@@ -1107,15 +1440,20 @@ int main(void)
         cmocka_unit_test(broken_framing_ends_the_connection),
         cmocka_unit_test(haggling_leaves_turns_to_others),
         cmocka_unit_test(haggling_has_an_end),
+        cmocka_unit_test(handshakes_have_a_time_limit),
+        cmocka_unit_test(who_is_too_much_waits),
         cmocka_unit_test(requests_are_checked),
         cmocka_unit_test(data_comes_back),
         cmocka_unit_test(read_only_export_refuses_writes),
         cmocka_unit_test(structured_replies_have_holes),
         cmocka_unit_test(block_status_tells_contexts),
+        cmocka_unit_test(extended_headers_are_spoken),
         cmocka_unit_test(cache_leaves_turns_to_others),
         cmocka_unit_test(gate_holds_requests),
         cmocka_unit_test(without_memory_the_reader_works),
         cmocka_unit_test(slow_client_holds_up_nobody),
+        cmocka_unit_test(unread_replies_do_not_keep_an_export),
+        cmocka_unit_test(long_requests_end_with_their_export),
         cmocka_unit_test(clients_may_leave_any_time),
     };
     return cmocka_run_group_tests_name("export", tests, NULL, NULL);

@@ -3,8 +3,9 @@
  *
  * Everything is checked after admission, against the node as it is then. With structured replies an
  * error carries a sentence, and a long read says where holes are instead of sending zeroes;
- * without, each reply is a number and the data. Zeroes and trims may be 4 GiB long: they are done
- * in pieces, and between two pieces whoever wants to change the graph gets in. */
+ * without, each reply is a number and the data. Zeroes, trims and caching may be as long as the
+ * disk: they are done in pieces, between two pieces others have their turn and whoever wants to
+ * change the graph gets in, and they stop when the client has gone. */
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
@@ -22,7 +23,9 @@
 
 uint64_t nbd_request_bytes(const struct nbd_request *rq)
 {
-    bool data = rq->cmd == NBD_CMD_READ || rq->cmd == NBD_CMD_WRITE || rq->cmd == NBD_CMD_CACHE;
+    bool data = rq->cmd == NBD_CMD_READ || rq->cmd == NBD_CMD_WRITE;
+    if (rq->cmd == NBD_CMD_CACHE)
+        return MIN(rq->len, NBD_MAX_PAYLOAD);
     return data && rq->len <= NBD_MAX_PAYLOAD ? rq->len : 0;
 }
 
@@ -32,6 +35,15 @@ uint64_t nbd_request_cost(const struct nbd_conn *c, const struct nbd_request *rq
     return rq->cmd == NBD_CMD_BLOCK_STATUS ? nbd_block_status_max(c, rq) : nbd_request_bytes(rq);
 }
 
+bool nbd_request_takes_payload(const struct nbd_conn *c, const struct nbd_request *rq)
+{
+    if (rq->cmd == NBD_CMD_WRITE)
+        return rq->payload <= NBD_MAX_PAYLOAD;
+    return rq->cmd == NBD_CMD_BLOCK_STATUS && c->n_contexts && rq->payload > NBD_FILTER_LEN &&
+           (rq->payload - NBD_FILTER_LEN) % 4 == 0 &&
+           (rq->payload - NBD_FILTER_LEN) / 4 <= c->n_chosen;
+}
+
 static int refuse(struct nbd_task *t, int code, const char *why)
 {
     t->why = why;
@@ -39,6 +51,11 @@ static int refuse(struct nbd_task *t, int code, const char *why)
 }
 
 /* ------------------------------------------------------------------ replies */
+
+static size_t put_chunk(struct nbd_task *t, uint8_t *p, unsigned flags, unsigned type, uint64_t len)
+{
+    return nbd_put_chunk(nbd_task_context(t)->conn, p, &t->rq, flags, type, len);
+}
 
 static void add_piece(struct nbd_task *t, const void *p, size_t len)
 {
@@ -58,10 +75,10 @@ static void reply_error(struct nbd_task *t, bool structured, int code)
     }
     const char *why = t->why ? t->why : tide_strerror(-code);
     size_t len = strlen(why);
-    nbd_chunk_encode(t->head, t->rq.cookie, NBD_CHUNK_DONE, NBD_CHUNK_ERROR, 6 + len);
-    put_be32(t->head + NBD_CHUNK_LEN, e);
-    put_be16(t->head + NBD_CHUNK_LEN + 4, len);
-    add_piece(t, t->head, NBD_CHUNK_LEN + 6);
+    size_t n = put_chunk(t, t->head, NBD_CHUNK_DONE, NBD_CHUNK_ERROR, 6 + len);
+    put_be32(t->head + n, e);
+    put_be16(t->head + n + 4, len);
+    add_piece(t, t->head, n + 6);
     add_piece(t, why, len);
 }
 
@@ -71,8 +88,7 @@ static void reply_done(struct nbd_task *t, bool structured)
     t->iov = t->small;
     t->n_iov = 0;
     if (structured) {
-        nbd_chunk_encode(t->head, t->rq.cookie, NBD_CHUNK_DONE, NBD_CHUNK_NONE, 0);
-        add_piece(t, t->head, NBD_CHUNK_LEN);
+        add_piece(t, t->head, put_chunk(t, t->head, NBD_CHUNK_DONE, NBD_CHUNK_NONE, 0));
     } else {
         nbd_simple_encode(t->head, t->rq.cookie, 0);
         add_piece(t, t->head, NBD_SIMPLE_LEN);
@@ -84,10 +100,9 @@ static void reply_data(struct nbd_task *t, bool structured)
     t->iov = t->small;
     t->n_iov = 0;
     if (structured) {
-        nbd_chunk_encode(t->head, t->rq.cookie, NBD_CHUNK_DONE, NBD_CHUNK_OFFSET_DATA,
-                         8 + t->rq.len);
-        put_be64(t->head + NBD_CHUNK_LEN, t->rq.off);
-        add_piece(t, t->head, NBD_CHUNK_LEN + 8);
+        size_t n = put_chunk(t, t->head, NBD_CHUNK_DONE, NBD_CHUNK_OFFSET_DATA, 8 + t->rq.len);
+        put_be64(t->head + n, t->rq.off);
+        add_piece(t, t->head, n + 8);
     } else {
         nbd_simple_encode(t->head, t->rq.cookie, 0);
         add_piece(t, t->head, NBD_SIMPLE_LEN);
@@ -141,14 +156,14 @@ static void add_chunk(struct nbd_task *t, unsigned i, uint64_t off, uint64_t end
     struct nbd_chunks *ch = t->mem;
     uint8_t *head = ch->head[i];
     unsigned flags = end == t->rq.off + t->rq.len ? NBD_CHUNK_DONE : 0;
-    put_be64(head + NBD_CHUNK_LEN, off);
+    unsigned type = hole ? NBD_CHUNK_OFFSET_HOLE : NBD_CHUNK_OFFSET_DATA;
+    size_t n = put_chunk(t, head, flags, type, hole ? 12 : 8 + (end - off));
+    put_be64(head + n, off);
     if (hole) {
-        nbd_chunk_encode(head, t->rq.cookie, flags, NBD_CHUNK_OFFSET_HOLE, 12);
-        put_be32(head + NBD_CHUNK_LEN + 8, end - off);
-        add_piece(t, head, NBD_CHUNK_LEN + 12);
+        put_be32(head + n + 8, end - off);
+        add_piece(t, head, n + 12);
     } else {
-        nbd_chunk_encode(head, t->rq.cookie, flags, NBD_CHUNK_OFFSET_DATA, 8 + (end - off));
-        add_piece(t, head, NBD_CHUNK_LEN + 8);
+        add_piece(t, head, n + 8);
         add_piece(t, (uint8_t *)t->buf + (off - t->rq.off), end - off);
     }
 }
@@ -240,26 +255,48 @@ static int do_read(struct nbd_task *t, struct node *n, bool structured)
     return r;
 }
 
+/* Between two pieces of a long request: others have their turn, and a closed gate closes. *n is the
+ * node as it is now. */
+static int between_pieces(struct nbd_task *t, struct node **n)
+{
+    struct nbd_context *x = nbd_task_context(t);
+    loop_pause();
+    nbd_task_yield_gate(t);
+    *n = root_node(x->root);
+    return nbd_is_cut(x) ? -ESHUTDOWN : 0;
+}
+
+/* Reads the beginning of [off, end) into `buf`, or passes a hole, in which there is nothing to
+ * cache; *done says how much of it that was. */
+static int cache_piece(struct node *n, uint64_t off, uint64_t end, struct iovec *buf,
+                       uint64_t *done)
+{
+    struct extent e;
+    int r = node_extent(n, off, end - off, &e);
+    if (r < 0)
+        return r;
+    *done = e.len;
+    if (!e.data && e.zero)
+        return 0;
+    struct iovec iov = {buf->iov_base, MIN(buf->iov_len, e.len)};
+    *done = iov.iov_len;
+    return node_preadv(n, &iov, 1, off, iov.iov_len);
+}
+
 /* Bring it into the caches below, and through copy-on-read. */
 static int do_cache(struct nbd_task *t, struct node *n)
 {
-    struct root *root = nbd_task_context(t)->root;
-    uint64_t off = t->rq.off, end = off + t->rq.len;
+    uint64_t off = t->rq.off, end = off + t->rq.len, done;
     size_t size = MIN((uint64_t)CACHE_PIECE, t->rq.len);
     if (size == 0)
         return 0;
     void *buf = io_buf_get(size);
     int r = buf ? 0 : -ENOMEM;
     while (r == 0 && off < end) {
-        struct iovec iov = {buf, MIN(size, end - off)};
-        r = node_preadv(n, &iov, 1, off, iov.iov_len);
-        off += iov.iov_len;
-        if (r == 0 && off < end) {
-            loop_pause();
-            nbd_task_yield_gate(t);
-            n = root_node(root);
-            r = range_in(off, end - off, node_size(n)) ? 0 : -EINVAL; /* it may be smaller now */
-        }
+        r = cache_piece(n, off, end, &(struct iovec){buf, size}, &done);
+        off += done;
+        if (r == 0 && off < end)
+            r = between_pieces(t, &n); /* a node that is smaller now refuses the next piece */
     }
     if (buf)
         io_buf_put(buf, size);
@@ -287,9 +324,7 @@ static int align_payload(struct nbd_task *t)
 
 static int do_write(struct nbd_task *t, struct node *n)
 {
-    int r = t->error;
-    if (r < 0)
-        return r;
+    int r = 0;
     if (t->rq.len == 0)
         return is_fua(t) ? node_flush(n) : 0;
     if (node_align(n) > 1 && !t->buf)
@@ -313,7 +348,6 @@ static int zero_piece(struct nbd_task *t, struct node *n, uint64_t off, uint64_t
 /* TRIM and WRITE_ZEROES. Durability is asked for once, at the end. */
 static int do_zero(struct nbd_task *t, struct node *n)
 {
-    struct root *root = nbd_task_context(t)->root;
     uint64_t off = t->rq.off, end = off + t->rq.len;
     int r = 0;
     while (r == 0 && off < end) {
@@ -321,10 +355,8 @@ static int do_zero(struct nbd_task *t, struct node *n)
         uint64_t len = MIN(end - off, NODE_MAX_IO - off % NODE_MAX_IO);
         r = zero_piece(t, n, off, len);
         off += len;
-        if (r == 0 && off < end) {
-            nbd_task_yield_gate(t);
-            n = root_node(root);
-        }
+        if (r == 0 && off < end)
+            r = between_pieces(t, &n);
     }
     if (r == 0 && is_fua(t))
         r = node_flush(n);
@@ -339,9 +371,13 @@ static int do_block_status(struct nbd_task *t, struct node *n)
     uint8_t *body;
     if (nbd_task_context(t)->conn->n_contexts == 0)
         return refuse(t, -EINVAL, "no metadata context was negotiated");
+    if (t->rq.payload && !t->payload)
+        return refuse(t, -EINVAL, "the payload is not a length and ids of negotiated contexts");
     if (t->rq.len == 0)
         return refuse(t, -EINVAL, "block status of nothing: the length is 0");
     int r = nbd_block_status(t, n, &body, &len);
+    if (r == -EINVAL && t->payload)
+        return refuse(t, r, "the payload names a context twice or one that was not negotiated");
     if (r < 0)
         return r;
     t->mem = body;
@@ -359,38 +395,57 @@ static bool is_writing(unsigned cmd)
     return cmd == NBD_CMD_WRITE || cmd == NBD_CMD_TRIM || cmd == NBD_CMD_WRITE_ZEROES;
 }
 
-static unsigned flags_of(unsigned cmd, bool structured)
+static unsigned flags_of(const struct nbd_conn *c, unsigned cmd)
 {
+    unsigned payload = c->extended ? NBD_FLAG_PAYLOAD_LEN : 0;
     switch (cmd) {
     case NBD_CMD_READ:
-        return NBD_FLAG_FUA | (structured ? NBD_FLAG_DF : 0);
+        return NBD_FLAG_FUA | (c->structured ? NBD_FLAG_DF : 0);
+    case NBD_CMD_WRITE:
+        return NBD_FLAG_FUA | payload;
     case NBD_CMD_WRITE_ZEROES:
         return NBD_FLAG_FUA | NBD_FLAG_NO_HOLE | NBD_FLAG_FAST_ZERO;
     case NBD_CMD_BLOCK_STATUS:
-        return NBD_FLAG_FUA | NBD_FLAG_REQ_ONE;
+        return NBD_FLAG_FUA | NBD_FLAG_REQ_ONE | payload;
     default:
         return NBD_FLAG_FUA;
     }
 }
 
-static int check(struct nbd_task *t, struct node *n, bool structured)
+/* What can be seen without the node. */
+static int check_form(struct nbd_task *t)
+{
+    const struct nbd_request *rq = &t->rq;
+    unsigned unknown = rq->flags & ~flags_of(nbd_task_context(t)->conn, rq->cmd);
+    if (rq->cmd > NBD_CMD_BLOCK_STATUS)
+        return refuse(t, -EINVAL, "this command is not known here");
+    if (rq->payload == NBD_PAYLOAD_LOST && !(rq->flags & NBD_FLAG_PAYLOAD_LEN))
+        return refuse(t, -EINVAL, "a write with extended headers has to set PAYLOAD_LEN");
+    if (rq->payload > NBD_MAX_PAYLOAD)
+        return refuse(t, -EINVAL, "the payload is longer than 32 MiB");
+    if (unknown == NBD_FLAG_PAYLOAD_LEN && rq->payload)
+        return refuse(t, -EINVAL, "this command takes no payload");
+    if (unknown)
+        return refuse(t, -EINVAL, "the request has flags that are not known for this command");
+    if (rq->cmd == NBD_CMD_READ && rq->len > NBD_MAX_PAYLOAD)
+        return refuse(t, -EINVAL, "the request is longer than 32 MiB");
+    return 0;
+}
+
+static int check(struct nbd_task *t, struct node *n)
 {
     const struct nbd_request *rq = &t->rq;
     const struct nbd_export *e = nbd_task_context(t)->exp;
-    bool data = rq->cmd == NBD_CMD_READ || rq->cmd == NBD_CMD_WRITE || rq->cmd == NBD_CMD_CACHE;
-    if (rq->cmd > NBD_CMD_BLOCK_STATUS)
-        return refuse(t, -EINVAL, "this command is not known here");
-    if (data && rq->len > NBD_MAX_PAYLOAD)
-        return refuse(t, -EINVAL, "the request is longer than 32 MiB");
+    int r = check_form(t);
+    if (r < 0)
+        return r;
     if (is_writing(rq->cmd) && (!e->writable || node_read_only(n)))
         return refuse(t, -EPERM, "the export is read-only");
     if (!range_in(rq->off, rq->len, round_down(node_size(n), DISK_BLOCK)))
         return refuse(
             t, rq->cmd == NBD_CMD_WRITE || rq->cmd == NBD_CMD_WRITE_ZEROES ? -ENOSPC : -EINVAL,
             "the request reaches past the end of the export");
-    if (rq->flags & ~flags_of(rq->cmd, structured))
-        return refuse(t, -EINVAL, "the request has flags that are not known for this command");
-    return 0;
+    return t->error;
 }
 
 /* ------------------------------------------------------------------ the whole */
@@ -421,7 +476,9 @@ void nbd_task_run(struct nbd_task *t)
     struct nbd_context *x = nbd_task_context(t);
     struct node *n = root_node(x->root);
     bool structured = x->conn->structured;
-    int r = check(t, n, structured);
+    if (t->rq.cmd == NBD_CMD_BLOCK_STATUS && t->rq.payload)
+        t->rq.len = t->payload ? get_be64(t->payload) : 0;
+    int r = check(t, n);
     if (r == 0)
         r = run(t, n, structured);
     if (r < 0)

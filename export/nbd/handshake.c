@@ -164,7 +164,12 @@ static uint64_t export_size(const struct nbd_export *e)
     return round_down(node_size(root_node(e->root)), DISK_BLOCK);
 }
 
-static unsigned export_flags(const struct nbd_conn *c, const struct nbd_export *e)
+static bool has_contexts(const struct nbd_conn *c, const struct nbd_export *e)
+{
+    return c->n_contexts && c->contexts_serial == e->serial;
+}
+
+static unsigned export_flags(const struct nbd_conn *c, const struct nbd_export *e, uint32_t opt)
 {
     unsigned f = NBD_HAS_FLAGS | NBD_SEND_FLUSH | NBD_SEND_FUA | NBD_SEND_CACHE;
     if (c->structured)
@@ -176,6 +181,8 @@ static unsigned export_flags(const struct nbd_conn *c, const struct nbd_export *
     /* A flush covers what any connection has completed: it is the node's. */
     if (c->srv->max_connections != 1)
         f |= NBD_CAN_MULTI_CONN;
+    if (c->extended && (opt == NBD_OPT_INFO || has_contexts(c, e)))
+        f |= NBD_BLOCK_STAT_PAYLOAD;
     return f;
 }
 
@@ -184,7 +191,7 @@ static void choose_export(struct nbd_conn *c, struct nbd_export *e)
 {
     c->exp = e;
     e->n_conns++;
-    if (c->n_contexts && c->contexts_serial != e->serial)
+    if (!has_contexts(c, e))
         c->n_contexts = 0;
 }
 
@@ -231,7 +238,7 @@ static int answer_info(struct nbd_conn *c, struct question *q, struct answer *a)
     put_reply(a, q->opt, NBD_REP_INFO, 12);
     put16(a, NBD_INFO_EXPORT);
     put64(a, export_size(e));
-    put16(a, export_flags(c, e));
+    put16(a, export_flags(c, e, q->opt));
     put_reply(a, q->opt, NBD_REP_ACK, 0);
     if (q->opt == NBD_OPT_INFO || a->failed)
         return 0;
@@ -239,15 +246,18 @@ static int answer_info(struct nbd_conn *c, struct question *q, struct answer *a)
     return 1;
 }
 
-/* The old way: no reply can say no, so a wrong name ends the connection. */
+/* The old way: no reply can say no, so a wrong name ends the connection, and so does a client that
+ * asked for extended headers, which do not go with it. */
 static int answer_export_name(struct nbd_conn *c, struct question *q, struct answer *a)
 {
     static const uint8_t zeroes[124];
     struct nbd_export *e = nbd_export_find(c->srv, (const char *)q->p, q->len);
+    if (c->extended)
+        return -EPROTO;
     if (!e)
         return -ENOENT;
     put64(a, export_size(e));
-    put16(a, export_flags(c, e));
+    put16(a, export_flags(c, e, q->opt));
     if (!c->no_zeroes)
         put(a, zeroes, sizeof zeroes);
     if (a->failed)
@@ -328,7 +338,8 @@ static void answer_meta(struct nbd_conn *c, struct question *q, struct answer *a
     if (!list)
         c->n_contexts = 0; /* each SET starts afresh, a failed one too */
     if (!list && !c->structured) {
-        put_error(a, q->opt, NBD_REP_ERR_INVALID, "structured replies have to be negotiated first");
+        put_error(a, q->opt, NBD_REP_ERR_INVALID,
+                  "structured replies or extended headers have to be negotiated first");
         return;
     }
     if (!take_string(q, &name, &len) || len > NBD_MAX_STRING) {
@@ -362,6 +373,11 @@ static void answer_meta(struct nbd_conn *c, struct question *q, struct answer *a
 
 static void answer_structured(struct nbd_conn *c, struct question *q, struct answer *a)
 {
+    if (c->extended) {
+        put_error(a, q->opt, NBD_REP_ERR_EXT_HEADER_REQD,
+                  "extended headers are on, which include structured replies");
+        return;
+    }
     if (c->structured) {
         put_error(a, q->opt, NBD_REP_ERR_INVALID, "structured replies are on already");
         return;
@@ -370,10 +386,20 @@ static void answer_structured(struct nbd_conn *c, struct question *q, struct ans
     put_reply(a, q->opt, NBD_REP_ACK, 0);
 }
 
+static void answer_extended(struct nbd_conn *c, struct question *q, struct answer *a)
+{
+    if (c->extended) {
+        put_error(a, q->opt, NBD_REP_ERR_INVALID, "extended headers are on already");
+        return;
+    }
+    c->extended = c->structured = true;
+    put_reply(a, q->opt, NBD_REP_ACK, 0);
+}
+
 static bool takes_no_data(uint32_t opt)
 {
     return opt == NBD_OPT_ABORT || opt == NBD_OPT_LIST || opt == NBD_OPT_STARTTLS ||
-           opt == NBD_OPT_STRUCTURED_REPLY;
+           opt == NBD_OPT_STRUCTURED_REPLY || opt == NBD_OPT_EXTENDED_HEADERS;
 }
 
 /* 1: transmission begins; 0: more options; -errno: the end. */
@@ -400,6 +426,9 @@ static int answer_option(struct nbd_conn *c, struct question *q, struct answer *
         return answer_info(c, q, a);
     case NBD_OPT_STRUCTURED_REPLY:
         answer_structured(c, q, a);
+        return 0;
+    case NBD_OPT_EXTENDED_HEADERS:
+        answer_extended(c, q, a);
         return 0;
     case NBD_OPT_LIST_META_CONTEXT:
     case NBD_OPT_SET_META_CONTEXT:

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Metadata contexts.
  *
- *   id 0      base:allocation             HOLE where nothing is allocated, ZERO where it reads as
- * zero id 1      qemu:allocation-depth       the layer that decides (1: the node itself); if the
- * export offers it id 2 + i  qemu:dirty-bitmap:NAME      DIRTY, from the export's i-th bitmap
+ *   id 0      base:allocation          HOLE: nothing is allocated; ZERO: reads as zero
+ *   id 1      qemu:allocation-depth    the layer that decides, 1 being the node itself; if offered
+ *   id 2 + i  qemu:dirty-bitmap:NAME   DIRTY, from the export's i-th bitmap
  *
  * A client lists by exact name or by family ("base:", "qemu:", "qemu:dirty-bitmap:") and chooses by
  * exact name only. Exported bitmaps are busy, so they stay; their bits are read within one turn,
@@ -23,8 +23,8 @@
 #define DEPTH "qemu:allocation-depth"
 #define BITMAP "qemu:dirty-bitmap:"
 
-#define LOOKS_PER_TURN 512u /* extents looked up before others get a chance */
-#define EXTENT_LEN 8u
+#define LOOKS_PER_TURN 512u   /* extents looked up before others get a chance */
+#define MAX_LOOKS (64u << 10) /* for one context; then the reply is shorter than what was asked */
 
 /* ------------------------------------------------------------------ names */
 
@@ -92,12 +92,25 @@ struct status {
     size_t max;   /* that it can become */
     uint64_t end; /* of what was asked */
     unsigned max_extents;
+    bool wide; /* extended headers: extents of 64 bits */
     /* of the chunk under way */
     size_t chunk; /* where it begins */
     unsigned n_extents;
+    uint64_t last_len;
     uint32_t last_flags;
     unsigned looks;
 };
+
+/* Of a chunk before its extents; of an extent. */
+static size_t chunk_len(bool wide)
+{
+    return wide ? NBD_EXT_CHUNK_LEN + 8 : NBD_CHUNK_LEN + 4;
+}
+
+static size_t extent_len(bool wide)
+{
+    return wide ? 16 : 8;
+}
 
 static int reserve(struct status *st, size_t len)
 {
@@ -115,49 +128,72 @@ static int reserve(struct status *st, size_t len)
 
 static int begin_chunk(struct status *st)
 {
-    int r = reserve(st, NBD_CHUNK_LEN + 4);
+    int r = reserve(st, chunk_len(st->wide));
     if (r < 0)
         return r;
     st->chunk = st->len;
-    st->len += NBD_CHUNK_LEN + 4;
+    st->len += chunk_len(st->wide);
     st->n_extents = 0;
+    st->looks = 0;
     return 0;
 }
 
-static void end_chunk(struct status *st, uint64_t cookie, unsigned id)
+static void end_chunk(struct status *st, unsigned id, bool last)
 {
+    const struct nbd_task *t = st->task;
+    const struct nbd_conn *c = nbd_task_context(st->task)->conn;
     uint8_t *p = st->p + st->chunk;
-    nbd_chunk_encode(p, cookie, 0, NBD_CHUNK_BLOCK_STATUS, st->len - st->chunk - NBD_CHUNK_LEN);
-    put_be32(p + NBD_CHUNK_LEN, id);
+    size_t n = st->wide ? NBD_EXT_CHUNK_LEN : NBD_CHUNK_LEN;
+    nbd_put_chunk(c, p, &t->rq, last ? NBD_CHUNK_DONE : 0,
+                  st->wide ? NBD_CHUNK_BLOCK_STATUS_EXT : NBD_CHUNK_BLOCK_STATUS,
+                  st->len - st->chunk - n);
+    put_be32(p + n, id);
+    if (st->wide)
+        put_be32(p + n + 4, st->n_extents);
 }
 
-/* 1: go on; 0: no more fit; -ENOMEM. len >= 1 and, with what is there, less than 2^32. */
+static void put_extent(const struct status *st, uint8_t *p)
+{
+    if (st->wide) {
+        put_be64(p, st->last_len);
+        put_be64(p + 8, st->last_flags);
+    } else {
+        put_be32(p, (uint32_t)st->last_len);
+        put_be32(p + 4, st->last_flags);
+    }
+}
+
+/* 1: go on; 0: no more fit; -ENOMEM. len >= 1; with what is there it fits the extent's field,
+ * because it lies inside what was asked for in a field as wide. */
 static int add_extent(struct status *st, uint64_t len, uint32_t flags)
 {
+    size_t n = extent_len(st->wide);
     if (st->n_extents && st->last_flags == flags) {
-        uint8_t *last = st->p + st->len - EXTENT_LEN;
-        put_be32(last, get_be32(last) + len);
+        st->last_len += len;
+        put_extent(st, st->p + st->len - n);
         return 1;
     }
     if (st->n_extents >= st->max_extents)
         return 0;
-    int r = reserve(st, EXTENT_LEN);
+    int r = reserve(st, n);
     if (r < 0)
         return r;
-    put_be32(st->p + st->len, len);
-    put_be32(st->p + st->len + 4, flags);
-    st->len += EXTENT_LEN;
-    st->n_extents++;
+    st->last_len = len;
     st->last_flags = flags;
+    put_extent(st, st->p + st->len);
+    st->len += n;
+    st->n_extents++;
     return 1;
 }
 
-/* Others get their turn now and then. True: somebody waits for the gate, so be brief. */
+/* Others get their turn now and then. True: be brief, for somebody waits for the gate, or nobody
+ * for the reply, or this goes on for too long. */
 static bool rest(struct status *st)
 {
+    const struct nbd_context *x = nbd_task_context(st->task);
     if (++st->looks % LOOKS_PER_TURN == 0)
         loop_pause();
-    return st->n_extents && root_is_shut(nbd_task_context(st->task)->root);
+    return st->n_extents && (root_is_shut(x->root) || nbd_is_cut(x) || st->looks >= MAX_LOOKS);
 }
 
 static uint32_t extent_flags(const struct extent *e, unsigned id)
@@ -199,17 +235,40 @@ static int add_dirty(struct status *st, const struct dirty_bitmap *b, uint64_t o
     return r < 0 ? r : 0;
 }
 
-static unsigned max_extents(const struct nbd_conn *c, const struct nbd_request *rq)
+/* In each of the chunks of `n` contexts. */
+static unsigned max_extents(const struct nbd_request *rq, uint64_t len, unsigned n)
 {
     if (rq->flags & NBD_FLAG_REQ_ONE)
         return 1;
-    return MIN((uint64_t)MAX(256u, NBD_MAX_EXTENTS / MAX(c->n_chosen, 1u)), rq->len);
+    return MIN((uint64_t)MAX(256u, NBD_MAX_EXTENTS / MAX(n, 1u)), len);
+}
+
+static uint64_t body_max(bool wide, unsigned extents, unsigned n)
+{
+    return n * (chunk_len(wide) + (uint64_t)extent_len(wide) * extents);
 }
 
 uint64_t nbd_block_status_max(const struct nbd_conn *c, const struct nbd_request *rq)
 {
-    uint64_t chunk = NBD_CHUNK_LEN + 4 + (uint64_t)EXTENT_LEN * max_extents(c, rq);
-    return c->n_contexts ? c->n_chosen * chunk : 0;
+    /* Before the payload is here, one does not know how long. */
+    uint64_t len = rq->payload ? UINT64_MAX : rq->len;
+    return c->n_contexts ? body_max(c->extended, max_extents(rq, len, c->n_chosen), c->n_chosen)
+                         : 0;
+}
+
+/* ------------------------------------------------------------------ the reply */
+
+/* Marks in `asked`, one byte for each context, what the payload names; returns how many. */
+static int take_filter(const struct nbd_task *t, const struct nbd_conn *c, uint8_t *asked)
+{
+    unsigned n = (unsigned)((t->rq.payload - NBD_FILTER_LEN) / 4);
+    for (unsigned i = 0; i < n; i++) {
+        uint32_t id = get_be32(t->payload + NBD_FILTER_LEN + (size_t)4 * i);
+        if (id >= c->n_contexts || !c->contexts[id] || asked[id])
+            return -EINVAL;
+        asked[id] = 1;
+    }
+    return (int)n;
 }
 
 /* The reply may wait for a slow client: it is not to hold more than it needs. */
@@ -220,35 +279,45 @@ static void trim_body(struct status *st)
         st->p = p;
 }
 
+/* Chunks for the `n_asked` contexts that are marked in `asked`. */
+static co_fn int add_chunks(struct status *st, const uint8_t *asked, unsigned n_asked)
+{
+    const struct nbd_task *t = st->task;
+    const struct nbd_export *e = nbd_task_context(st->task)->exp;
+    int r = 0;
+    st->max_extents = max_extents(&t->rq, t->rq.len, n_asked);
+    st->max = body_max(st->wide, st->max_extents, n_asked);
+    for (unsigned id = 0; r == 0 && n_asked > 0; id++) {
+        if (!asked[id])
+            continue;
+        r = begin_chunk(st);
+        if (r == 0 && id < NBD_CONTEXT_BITMAP)
+            r = add_allocation(st, id, t->rq.off);
+        else if (r == 0)
+            r = add_dirty(st, e->bitmaps[id - NBD_CONTEXT_BITMAP], t->rq.off);
+        if (r == 0)
+            end_chunk(st, id, --n_asked == 0);
+    }
+    return r;
+}
+
 int nbd_block_status(struct nbd_task *t, struct node *n, uint8_t **out, size_t *out_len)
 {
-    struct nbd_context *x = nbd_task_context(t);
-    const struct nbd_conn *c = x->conn;
-    struct status st = {
-        .task = t,
-        .node = n,
-        .max = nbd_block_status_max(c, &t->rq),
-        .end = t->rq.off + t->rq.len,
-        .max_extents = max_extents(c, &t->rq),
-    };
-    int r = 0;
-    for (unsigned id = 0; r == 0 && id < c->n_contexts; id++) {
-        if (!c->contexts[id])
-            continue;
-        r = begin_chunk(&st);
-        if (r == 0 && id < NBD_CONTEXT_BITMAP)
-            r = add_allocation(&st, id, t->rq.off);
-        else if (r == 0)
-            r = add_dirty(&st, x->exp->bitmaps[id - NBD_CONTEXT_BITMAP], t->rq.off);
-        if (r == 0)
-            end_chunk(&st, t->rq.cookie, id);
+    const struct nbd_conn *c = nbd_task_context(t)->conn;
+    struct status st = {.task = t, .node = n, .end = t->rq.off + t->rq.len, .wide = c->extended};
+    mem_autofree uint8_t *filter = NULL;
+    int r = (int)c->n_chosen;
+    if (t->payload) {
+        filter = mem_zalloc(c->n_contexts);
+        r = filter ? take_filter(t, c, filter) : -ENOMEM;
     }
+    if (r > 0)
+        r = add_chunks(&st, filter ? filter : c->contexts, (unsigned)r);
     if (r < 0) {
         mem_free(st.p);
         return r;
     }
     trim_body(&st);
-    put_be16(st.p + st.chunk + 4, NBD_CHUNK_DONE);
     *out = st.p;
     *out_len = st.len;
     return 0;

@@ -11,6 +11,7 @@
  * served, that coroutine waits for the one on the data loop, so connections and exports are taken
  * apart in one place only. */
 #pragma once
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/queue.h>
@@ -54,7 +55,10 @@ struct nbd_conn {
     uint64_t deadline;      /* of the handshake; 0 once it is over */
     struct nbd_export *exp; /* counted in exp->n_conns */
     uint64_t haggled;       /* bytes of options so far */
-    bool fixed, no_zeroes, structured;
+    bool fixed, no_zeroes;
+    bool structured; /* replies come in chunks, that is, also: */
+    bool extended;   /* with extended headers */
+    atomic_bool cut; /* by the server or the end of the export: long requests stop */
     /* Contexts chosen by SET_META_CONTEXT: one byte each, by context id; n_contexts 0: none. */
     uint8_t *contexts;
     unsigned n_contexts, n_chosen;
@@ -135,7 +139,7 @@ struct nbd_session;
 #define NBD_MAX_CHUNKS 16u /* of one reply to a read */
 struct nbd_chunks {
     struct iovec iov[2 * NBD_MAX_CHUNKS];
-    uint8_t head[NBD_MAX_CHUNKS][NBD_CHUNK_LEN + 12];
+    uint8_t head[NBD_MAX_CHUNKS][NBD_EXT_CHUNK_LEN + 12];
 };
 
 /* One request from its header to the last byte of its reply. */
@@ -143,9 +147,9 @@ struct nbd_task {
     struct nbd_session *s;
     struct nbd_task *next; /* free, or waiting to be sent */
     struct nbd_request rq;
-    const uint8_t *payload; /* of a write: in `pin` or in `buf` */
+    const uint8_t *payload; /* rq.payload bytes, in `pin` or in `buf`; NULL: not wanted */
     struct nbd_rbuf *pin;   /* the receive buffer that has to stay */
-    void *buf;              /* io_buf_get(buf_len): a write's payload or a read's data */
+    void *buf;              /* io_buf_get(buf_len): the payload or a read's data */
     size_t buf_len;
     void *mem;       /* mem_alloc(): the body of a reply to BLOCK_STATUS, or struct nbd_chunks */
     size_t mem_len;  /* of such a body */
@@ -158,7 +162,7 @@ struct nbd_task {
     struct iovec small[2];
     struct iovec *iov; /* the reply */
     unsigned n_iov;
-    uint8_t head[NBD_CHUNK_LEN + 8];
+    uint8_t head[NBD_EXT_CHUNK_LEN + 8];
 };
 
 /* What a task may use of its session. */
@@ -167,14 +171,37 @@ struct nbd_context {
     struct nbd_export *exp;
     struct root *root;
     uint64_t data_off, data_end; /* the last extent found that is not a hole: stays true enough */
+    bool left;                   /* the client has gone without goodbye */
 };
 struct nbd_context *nbd_task_context(struct nbd_task *t);
+
+/* Nobody waits for the reply any more: long tasks ask between pieces, and stop. */
+static inline bool nbd_is_cut(const struct nbd_context *x)
+{
+    return x->left || atomic_load_explicit(&x->conn->cut, memory_order_relaxed);
+}
 
 /* Do it (admitted) and make the reply. Errors end up in the reply. */
 co_fn void nbd_task_run(struct nbd_task *t);
 /* Bytes that `rq` may hold while in flight, and those that it moves. */
 uint64_t nbd_request_cost(const struct nbd_conn *c, const struct nbd_request *rq);
 uint64_t nbd_request_bytes(const struct nbd_request *rq);
+/* Is its payload (there is one) to be kept for the task? Any other is read past, up to
+ * NBD_MAX_PAYLOAD; a longer one ends the connection after the reply. */
+bool nbd_request_takes_payload(const struct nbd_conn *c, const struct nbd_request *rq);
+/* The head of a reply chunk in the client's form, at most NBD_EXT_CHUNK_LEN bytes; returns its
+ * length. */
+static inline size_t nbd_put_chunk(const struct nbd_conn *c, uint8_t *p,
+                                   const struct nbd_request *rq, unsigned flags, unsigned type,
+                                   uint64_t len)
+{
+    if (c->extended) {
+        nbd_ext_chunk_encode(p, rq, flags, type, len);
+        return NBD_EXT_CHUNK_LEN;
+    }
+    nbd_chunk_encode(p, rq->cookie, flags, type, (uint32_t)len);
+    return NBD_CHUNK_LEN;
+}
 
 /* ---- meta.c ---- */
 
@@ -198,6 +225,9 @@ void nbd_context_name(const struct nbd_export *e, unsigned id, const char **pref
 
 /* The longest body of a reply to BLOCK_STATUS. */
 uint64_t nbd_block_status_max(const struct nbd_conn *c, const struct nbd_request *rq);
-/* A reply to BLOCK_STATUS: chunks for every chosen context, the last one flagged DONE. *out is the
- * caller's (mem_free). -errno. */
+/* A request that names contexts has a payload: effect length 8, then 4 bytes for each id. */
+#define NBD_FILTER_LEN 8u
+/* A reply to BLOCK_STATUS: chunks for every context chosen in the handshake, or of those the ones
+ * that the payload names, the last one flagged DONE. *out is the caller's (mem_free). -errno;
+ * -EINVAL: the payload names contexts that were not chosen, or one twice. */
 co_fn int nbd_block_status(struct nbd_task *t, struct node *n, uint8_t **out, size_t *out_len);

@@ -234,7 +234,7 @@ static unsigned gather(struct nbd_session *s, struct nbd_task **batch)
 
 static void break_off(struct nbd_session *s)
 {
-    s->broken = true;
+    s->broken = s->x.left = true;
     io_sock_shutdown(s->sock);
 }
 
@@ -427,7 +427,7 @@ static void task_done(struct nbd_task *t)
         leave(s);
     rbuf_put(s, t->pin);
     t->pin = NULL;
-    if (t->rq.cmd == NBD_CMD_WRITE && t->buf) {
+    if (t->payload && t->buf) {
         io_buf_put(t->buf, t->buf_len);
         t->buf = NULL;
     }
@@ -522,7 +522,7 @@ static int have(struct nbd_session *s, size_t need)
 /* The data of a big write: what is here is copied, the rest comes straight into place. */
 static int receive_apart(struct nbd_session *s, struct nbd_task *t)
 {
-    size_t len = t->rq.len, here = MIN(s->fill - s->pos, len);
+    size_t len = t->rq.payload, here = MIN(s->fill - s->pos, len);
     memcpy(t->buf, s->rbuf->data + s->pos, here);
     s->pos += here;
     s->hint = HINT_LEN;
@@ -536,15 +536,21 @@ static int receive_apart(struct nbd_session *s, struct nbd_task *t)
     return r;
 }
 
-/* Without memory for it: read past it. */
+/* Without memory or use for it: read past it. */
 static int receive_past(struct nbd_session *s, uint64_t len)
 {
-    while (len > 0) {
+    for (uint64_t past = 0; len > 0;) {
+        if (past >= TURN_BYTES) {
+            past = 0;
+            end_batch(s);
+            loop_pause();
+        }
         int r = have(s, 1);
         if (r < 0)
             return r;
         size_t n = MIN(s->fill - s->pos, len);
         s->pos += n;
+        past += n;
         len -= n;
     }
     return 0;
@@ -553,7 +559,7 @@ static int receive_past(struct nbd_session *s, uint64_t len)
 /* pos is behind the header. */
 static int receive_payload(struct nbd_session *s, struct nbd_task *t)
 {
-    uint64_t len = t->rq.len;
+    uint64_t len = t->rq.payload;
     if (len <= SMALL_PAYLOAD || len <= s->fill - s->pos) {
         int r = have(s, len);
         if (r < 0)
@@ -583,16 +589,26 @@ static void wait_for_room(struct nbd_session *s, uint64_t cost)
     }
 }
 
+static int next_header(struct nbd_session *s, struct nbd_request *rq)
+{
+    bool extended = s->x.conn->extended;
+    size_t len = extended ? NBD_EXT_REQUEST_LEN : NBD_REQUEST_LEN;
+    int r = have(s, len);
+    if (r < 0)
+        return r;
+    const uint8_t *p = s->rbuf->data + s->pos;
+    r = extended ? nbd_ext_request_decode(p, rq) : nbd_request_decode(p, rq);
+    s->pos += len;
+    return r;
+}
+
 /* The next request with all its data. 0: *out is it; 1: the client says goodbye; -errno. */
 static int next_request(struct nbd_session *s, struct nbd_task **out)
 {
     struct nbd_request rq;
-    int r = have(s, NBD_REQUEST_LEN);
-    if (r == 0)
-        r = nbd_request_decode(s->rbuf->data + s->pos, &rq);
+    int r = next_header(s, &rq);
     if (r < 0)
         return r;
-    s->pos += NBD_REQUEST_LEN;
     if (rq.cmd == NBD_CMD_DISC)
         return 1;
     uint64_t cost = nbd_request_cost(s->x.conn, &rq);
@@ -603,17 +619,18 @@ static int next_request(struct nbd_session *s, struct nbd_task **out)
     t->rq = rq;
     t->charge = cost;
     s->bytes += cost;
-    if (rq.cmd != NBD_CMD_WRITE || rq.len <= SMALL_PAYLOAD)
+    if (rq.payload <= SMALL_PAYLOAD)
         s->hint = RBUF_LEN;
-    if (rq.cmd == NBD_CMD_WRITE && rq.len <= NBD_MAX_PAYLOAD) {
+    if (nbd_request_takes_payload(s->x.conn, &rq))
         r = receive_payload(s, t);
-        if (r < 0) {
-            task_free(t);
-            return r;
-        }
-        if (t->pin)
-            set_charge(t, 0); /* the receive buffer is counted instead */
+    else if (rq.payload && rq.payload <= NBD_MAX_PAYLOAD)
+        r = receive_past(s, rq.payload);
+    if (r < 0) {
+        task_free(t);
+        return r;
     }
+    if (t->pin && rq.cmd == NBD_CMD_WRITE)
+        set_charge(t, 0); /* the receive buffer is counted instead */
     *out = t;
     return 0;
 }
@@ -643,16 +660,18 @@ static void count_turn(struct nbd_session *s, uint64_t bytes)
 static void serve_requests(struct nbd_session *s)
 {
     struct nbd_task *t;
+    int r = 0;
     /* Once a reply could not be sent, nobody waits for the requests that are here already. */
-    while (!s->broken && next_request(s, &t) == 0) {
+    while (!s->broken && (r = next_request(s, &t)) == 0) {
         /* Data that we refuse to take cannot be told from the next request. */
-        bool last = t->rq.cmd == NBD_CMD_WRITE && t->rq.len > NBD_MAX_PAYLOAD;
+        bool last = t->rq.payload > NBD_MAX_PAYLOAD;
         uint64_t bytes = nbd_request_bytes(&t->rq);
         task_start(t);
         if (last)
             break;
         count_turn(s, bytes);
     }
+    s->x.left |= r < 0;
     end_batch(s);
     while (s->n_tasks > 0 || s->sending)
         park(s);

@@ -35,6 +35,13 @@ void nbd_export_attach(struct nbd_server *srv, struct nbd_export *e)
     TAILQ_INSERT_TAIL(&srv->exports, e, link);
 }
 
+/* Wakes whoever waits for its socket, and ends what would go on for long without it. */
+static void cut(struct nbd_conn *c)
+{
+    atomic_store_explicit(&c->cut, true, memory_order_relaxed);
+    io_sock_shutdown(c->sock);
+}
+
 bool nbd_export_shut(struct nbd_server *srv, struct nbd_export *e)
 {
     struct nbd_conn *c;
@@ -42,7 +49,7 @@ bool nbd_export_shut(struct nbd_server *srv, struct nbd_export *e)
     TAILQ_REMOVE(&srv->exports, e, link);
     TAILQ_FOREACH (c, &srv->conns, link) {
         if (c->exp == e)
-            io_sock_shutdown(c->sock);
+            cut(c);
     }
     return e->n_conns == 0;
 }
@@ -234,7 +241,7 @@ void nbd_server_shut(struct nbd_server *srv)
     if (srv->listener)
         io_sock_shutdown(srv->listener);
     TAILQ_FOREACH (c, &srv->conns, link)
-        io_sock_shutdown(c->sock);
+        cut(c);
     io_event_set(&srv->room);
     io_event_set(&srv->watch);
 }

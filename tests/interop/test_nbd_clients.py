@@ -468,7 +468,6 @@ def test_export_name(disk, flags, tail):
     size, export_flags = struct.unpack('>QH', c.take(10))
     assert size == SIZE and export_flags & 3 == 3
     assert c.take(tail) == bytes(tail)
-    c.structured = False
     assert c.request(0, length=512).data == content(disk.path('disk.raw'))[:512]
 
 
