@@ -15,7 +15,6 @@
 #include "block/root.h"
 #include "export/nbd/nbd.h"
 
-#define DISK_BLOCK 512u
 #define SPARSE_READ (64u << 10)   /* from here on it is worth asking for holes */
 #define SEND_FILE_MIN (64u << 10) /* from here on two copies cost more than a few system calls */
 #define LOOK_AHEAD (128 * MIB)    /* how far to ask whether there is data */
@@ -441,7 +440,7 @@ static int check(struct nbd_task *t, struct node *n)
         return r;
     if (is_writing(rq->cmd) && (!e->writable || node_read_only(n)))
         return refuse(t, -EPERM, "the export is read-only");
-    if (!range_in(rq->off, rq->len, round_down(node_size(n), DISK_BLOCK)))
+    if (!range_in(rq->off, rq->len, node_size(n)))
         return refuse(
             t, rq->cmd == NBD_CMD_WRITE || rq->cmd == NBD_CMD_WRITE_ZEROES ? -ENOSPC : -EINVAL,
             "the request reaches past the end of the export");

@@ -22,7 +22,6 @@
 #include "block/root.h"
 #include "export/nbd/nbd.h"
 
-#define DISK_BLOCK 512u /* sizes are told in whole ones */
 #define PREFERRED_BLOCK 4096u
 #define MAX_QUERIES 1024u /* in one option, besides one for each context there is */
 #define PAUSE_EVERY (64u << 10)
@@ -159,9 +158,10 @@ static const char *shown(const char *name, size_t len, char buf[84])
 
 /* ------------------------------------------------------------------ exports */
 
+/* To the byte: what is not a whole block is served too. */
 static uint64_t export_size(const struct nbd_export *e)
 {
-    return round_down(node_size(root_node(e->root)), DISK_BLOCK);
+    return node_size(root_node(e->root));
 }
 
 static bool has_contexts(const struct nbd_conn *c, const struct nbd_export *e)

@@ -491,14 +491,6 @@ def test_list_info_abort(disk):
     assert c.at_end()
 
 
-def test_size_is_rounded_down_to_a_sector(d):
-    path = d.path('odd.raw')
-    with open(path, 'wb') as f:
-        f.truncate(10 * 512 + 100)
-    d.cmd('blockdev-add', {'driver': 'file', 'node-name': 'odd', 'filename': path, 'read-only': True})
-    assert handle(d.export('odd', writable=False)).get_size() % 512 == 0
-
-
 # ---------------------------------------------------------------- life of exports and server
 
 def test_export_del_safe_and_hard(disk):
