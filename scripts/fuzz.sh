@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Builds the libFuzzer harnesses of tests/fuzz/ and runs each for SECONDS (default 10), beginning with
-# its corpus in tests/fuzz/corpus/ where there is one. Needs build/ (./run --build-only).
+# its corpus in tests/fuzz/corpus/ where there is one, and with the words of tests/fuzz/NAME.dict. Needs
+# build/ (./run --build-only).
 set -eu
 cd "$(dirname "$0")/.."
 command -v clang >/dev/null || { echo 'clang is missing'; exit 77; }
@@ -26,9 +27,11 @@ fuzz() {
   mkdir -p "$out/$name.corpus"
   corpus="tests/fuzz/corpus/$name"
   [ -d "$corpus" ] || corpus=''
+  dict="tests/fuzz/$name.dict"
+  if [ -f "$dict" ]; then dict="-dict=$dict"; else dict=''; fi
   echo "$name:"
   # shellcheck disable=SC2086
-  "$out/$name" -max_total_time="$seconds" -artifact_prefix="$out/$name-" "$out/$name.corpus" $corpus \
+  "$out/$name" -max_total_time="$seconds" -artifact_prefix="$out/$name-" $dict "$out/$name.corpus" $corpus \
     >"$out/$name.log" 2>&1 || { tail -60 "$out/$name.log"; exit 1; }
   tail -2 "$out/$name.log"
 }

@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Fuzzer for the NBD server: a client sends the bytes of the input and hangs up; whatever they are,
  * the connection ends, and nothing is leaked or touched out of bounds. The first byte says where
- * they begin: 0 at the handshake's first byte, 1 behind a handshake without, 2 with structured
- * replies and all metadata contexts, 3 behind structured replies but still among the options.
- *
- *     clang -g -O1 -fsanitize=fuzzer,address,undefined, with the sources of base, co, io, bitmap,
- *     block, drivers, schema, event and export: see `fuzz_nbd` in the build.
+ * they begin: 0 at the handshake's first byte; among the options, 3 with structured replies and 5
+ * with extended headers agreed on; 1 in transmission with simple replies; with all metadata contexts
+ * 2 in transmission with structured replies and 4 with extended headers. scripts/fuzz.sh builds it;
+ * what tests/fuzz/make_corpus.py writes is where it begins.
  *
  * Everything is in this process: one loop, a null-co node with a bitmap, a socket pair. */
 #include <errno.h>
@@ -94,11 +93,13 @@ static void prelude(int fd, unsigned how)
     if (how == 0)
         return;
     put(fd, flags, sizeof flags);
-    if (how > 1)
+    if (how > 3)
+        option(fd, NBD_OPT_EXTENDED_HEADERS, "", 0);
+    else if (how > 1)
         option(fd, NBD_OPT_STRUCTURED_REPLY, "", 0);
-    if (how == 2)
+    if (how == 2 || how == 4)
         option(fd, NBD_OPT_SET_META_CONTEXT, meta, sizeof meta - 1);
-    if (how < 3)
+    if (how != 3 && how != 5)
         option(fd, NBD_OPT_GO, go, sizeof go);
 }
 
@@ -110,7 +111,7 @@ static void talk(struct io *io, struct nbd_server *srv, const struct input *in)
     struct io_sock *s;
     MUST(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) == 0);
     setsockopt(fd[0], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
-    prelude(fd[0], in->data[0] % 4);
+    prelude(fd[0], in->data[0] % 6);
     /* What does not fit into the socket is not said: the input is small. */
     if (send(fd[0], in->data + 1, in->len - 1, MSG_DONTWAIT) < 0)
         MUST(errno == EAGAIN || in->len == 1);
