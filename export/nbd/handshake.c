@@ -195,6 +195,17 @@ static void choose_export(struct nbd_conn *c, struct nbd_export *e)
         c->n_contexts = 0;
 }
 
+/* The smallest block is 1, also on a node with an alignment. A client that is told 4096 reads and
+ * writes back whole blocks by itself, and two of them undo each other's work; here it is exact. */
+static void put_block_sizes(struct answer *a, uint32_t opt, const struct nbd_export *e)
+{
+    put_reply(a, opt, NBD_REP_INFO, 14);
+    put16(a, NBD_INFO_BLOCK_SIZE);
+    put32(a, 1);
+    put32(a, MAX(PREFERRED_BLOCK, node_align(root_node(e->root))));
+    put32(a, NBD_MAX_PAYLOAD);
+}
+
 static void put_info_text(struct answer *a, uint32_t opt, unsigned info, const char *text)
 {
     put_reply(a, opt, NBD_REP_INFO, 2 + strlen(text));
@@ -230,11 +241,7 @@ static int answer_info(struct nbd_conn *c, struct question *q, struct answer *a)
         put_info_text(a, q->opt, NBD_INFO_NAME, e->name);
     if (e->description)
         put_info_text(a, q->opt, NBD_INFO_DESCRIPTION, e->description);
-    put_reply(a, q->opt, NBD_REP_INFO, 14);
-    put16(a, NBD_INFO_BLOCK_SIZE);
-    put32(a, 1);
-    put32(a, MAX(PREFERRED_BLOCK, node_align(root_node(e->root))));
-    put32(a, NBD_MAX_PAYLOAD);
+    put_block_sizes(a, q->opt, e);
     put_reply(a, q->opt, NBD_REP_INFO, 12);
     put16(a, NBD_INFO_EXPORT);
     put64(a, export_size(e));

@@ -23,7 +23,9 @@
 #define DEPTH "qemu:allocation-depth"
 #define BITMAP "qemu:dirty-bitmap:"
 
-#define LOOKS_PER_TURN 512u   /* extents looked up before others get a chance */
+#define LOOKS_PER_TURN 512u /* extents looked up before others get a chance */
+#define FIRST_BODY 128u     /* room for a few extents */
+#define TRIM_FROM 1024u
 #define MAX_LOOKS (64u << 10) /* for one context; then the reply is shorter than what was asked */
 
 /* ------------------------------------------------------------------ names */
@@ -117,7 +119,7 @@ static int reserve(struct status *st, size_t len)
     if (len <= st->cap - st->len)
         return 0;
     assert(len <= st->max - st->len);
-    size_t cap = MIN(MAX(2 * st->cap, st->len + len + 512), st->max);
+    size_t cap = MIN(MAX(2 * st->cap, st->len + len + FIRST_BODY), st->max);
     uint8_t *p = mem_realloc(st->p, cap, 1);
     if (!p)
         return -ENOMEM;
@@ -271,9 +273,12 @@ static int take_filter(const struct nbd_task *t, const struct nbd_conn *c, uint8
     return (int)n;
 }
 
-/* The reply may wait for a slow client: it is not to hold more than it needs. */
+/* The reply may wait for a slow client: it is not to hold much more than it needs. A short one, as
+ * for a stretch in which nothing is marked, is left alone: that is most of them on a big disk. */
 static void trim_body(struct status *st)
 {
+    if (st->cap <= TRIM_FROM)
+        return;
     uint8_t *p = mem_realloc(st->p, st->len, 1);
     if (p)
         st->p = p;

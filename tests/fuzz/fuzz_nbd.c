@@ -2,9 +2,9 @@
 /* Fuzzer for the NBD server: a client sends the bytes of the input and hangs up; whatever they are,
  * the connection ends, and nothing is leaked or touched out of bounds. The first byte says where
  * they begin: 0 at the handshake's first byte; among the options, 3 with structured replies and 5
- * with extended headers agreed on; 1 in transmission with simple replies; with all metadata contexts
- * 2 in transmission with structured replies and 4 with extended headers. scripts/fuzz.sh builds it;
- * what tests/fuzz/make_corpus.py writes is where it begins.
+ * with extended headers agreed on; 1 in transmission with simple replies; with all metadata
+ * contexts 2 in transmission with structured replies and 4 with extended headers. scripts/fuzz.sh
+ * builds it; what tests/fuzz/make_corpus.py writes is where it begins.
  *
  * Everything is in this process: one loop, a null-co node with a bitmap, a socket pair. */
 #include <errno.h>

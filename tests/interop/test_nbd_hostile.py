@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from backup_tools import content, fill, until
+from backup_tools import content, fill, refused, until
 from harness import DEADLINE, Daemon, KiB, MiB
-from nbd_raw import (CACHE, FLUSH, READ, STATUS, TRIM, WRITE, ZERO, Raw, request)
+from nbd_raw import (CACHE, EXT_CHUNK, FLUSH, MODES, PAYLOAD_LEN, READ, STATUS, TRIM, WRITE, ZERO, Raw, ext_request,
+                     option, request, string)
 
 SIZE = 64 * MiB
 HELLO = b'IHAVEOPT'
@@ -44,6 +45,16 @@ def silent():
 
 @pytest.fixture
 def d():
+    yield from served()
+
+
+@pytest.fixture(scope='module')
+def shared():
+    """The same for many short tests that leave nothing behind."""
+    yield from served()
+
+
+def served():
     args = ['--nbd-server', 'addr.type=unix,addr.path=nbd.sock,max-connections=0']
     with Daemon(args=args, nbd=False) as daemon:
         daemon.nbd_path = daemon.path('nbd.sock')
@@ -65,12 +76,11 @@ def normal_client(d):
     c.s.close()
 
 
-def option(opt, data=b'', length=None):
-    return HELLO + struct.pack('>II', opt, len(data) if length is None else length) + data
-
-
-def string(s):
-    return struct.pack('>I', len(s)) + s
+def maker(mode):
+    """How a request of this form is made; a write with the flag that it needs."""
+    def extended(cmd, offset=0, length=0, flags=0, cookie=7):
+        return ext_request(cmd, offset, length, flags | (PAYLOAD_LEN if cmd == WRITE else 0), cookie)
+    return extended if mode == 'extended' else request
 
 
 # ---------------------------------------------------------------- handshake
@@ -96,8 +106,9 @@ HANDSHAKES = {
 
 
 @pytest.mark.parametrize('name', HANDSHAKES)
-def test_broken_handshakes(d, name):
+def test_broken_handshakes(shared, name):
     """Cut off, or left hanging by us: both end."""
+    d = shared
     for leave in (True, False):
         c = Raw(d.nbd_path, flags=None)
         c.send(HANDSHAKES[name])
@@ -111,6 +122,7 @@ def test_broken_handshakes(d, name):
                         break
                 except ConnectionResetError:
                     break
+    normal_client(d)
 
 
 MALFORMED = {
@@ -128,6 +140,7 @@ MALFORMED = {
     'LIST_META, count 2^32-1': (9, string(b'disk') + all_ones(4)),
     'LIST_META, query overflows': (9, string(b'disk') + struct.pack('>II', 1, 0xffffffff) + b'base:'),
     'LIST_META, data left over': (9, string(b'disk') + struct.pack('>I', 0) + b'x'),
+    'EXTENDED_HEADERS with data': (11, b'd'),
     'SET_META before structured': (10, string(b'disk') + struct.pack('>I', 0)),
     'unknown': (0x7fffffff, b'abc'),
     'too big': (7, bytes(300 * KiB)),
@@ -135,8 +148,9 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize('name', MALFORMED)
-def test_malformed_options_are_refused_by_name(d, name):
+def test_malformed_options_are_refused_by_name(shared, name):
     """An error reply, and the same connection can still GO."""
+    d = shared
     opt, data = MALFORMED[name]
     c = Raw(d.nbd_path)
     assert c.option(opt, data)[-1][0] >> 31
@@ -151,7 +165,7 @@ def test_random_handshakes(d):
         data = b'\0\0\0\3' if r.randrange(4) else r.randbytes(4)
         for _ in range(r.randrange(4)):
             body = string(b'disk') + struct.pack('>I', r.randrange(3)) + r.randbytes(r.randrange(40))
-            data += option(r.choice([1, 2, 3, 5, 6, 7, 8, 9, 10, r.randrange(1 << 32)]), body,
+            data += option(r.choice([1, 2, 3, 5, 6, 7, 8, 9, 10, 11, r.randrange(1 << 32)]), body,
                            r.choice([len(body), len(body), len(body) + 1, r.randrange(1 << 32)]))
         try:
             c.send(data)
@@ -184,10 +198,11 @@ def test_options_too_long_without_end(d):
 
 # ---------------------------------------------------------------- transmission
 
-def test_garbage_instead_of_a_request(d):
-    for garbage in (bytes(28), all_ones(28), random.Random(1).randbytes(4096), b'\x25\x60\x95'):
+@pytest.mark.parametrize('mode', MODES)
+def test_garbage_instead_of_a_request(d, mode):
+    for garbage in (bytes(32), all_ones(32), random.Random(1).randbytes(4096), b'\x25\x60\x95', b'\x21\xe4\x1c\x71'):
         c = Raw(d.nbd_path)
-        c.go('disk')
+        c.go('disk', mode=mode)
         c.send(garbage)
         c.s.shutdown(socket.SHUT_WR)
         assert c.at_end()
@@ -208,28 +223,63 @@ def test_offsets_and_lengths_that_overflow(d):
         assert bool(r.error) != (offset + 512 <= SIZE), offset
 
 
-def test_random_requests(d):
+@pytest.mark.parametrize('mode', MODES)
+def test_random_requests(d, mode):
     """Every field random; the framing is right, so the connection must answer all of them."""
     r = random.Random(9)
     c = Raw(d.nbd_path)
-    c.go('disk', structured=True)
-    for _ in range(500):
+    c.go('disk', mode=mode, contexts=['base:allocation'] if mode == 'extended' else [])
+    for i in range(500):
         cmd = r.choice([READ, WRITE, FLUSH, TRIM, CACHE, ZERO, STATUS, r.randrange(8, 65536)])
         length = r.choice([0, 1, 512, r.randrange(100_000)])
-        c.request(cmd, r.choice([0, r.randrange(SIZE), r.getrandbits(64)]), length,
-                  r.choice([0, 0, 1, 2, 4, 8, 16, r.getrandbits(16)]), r.randbytes(length) if cmd == WRITE else b'')
+        flags = r.choice([0, 0, 1, 2, 4, 8, 16, r.getrandbits(16)])
+        offset = r.choice([0, r.randrange(SIZE), r.getrandbits(64)])
+        if mode == 'extended' and cmd != WRITE and (flags & PAYLOAD_LEN or i % 7 == 0):
+            flags |= PAYLOAD_LEN  # with a payload that it does not take, or that is no list of contexts
+            c.send(ext_request(cmd, offset, length, flags) + r.randbytes(length))
+            c.asked[7] = (offset, 0)
+            c.reply()
+        elif mode == 'extended' and r.randrange(4) == 0:
+            c.request(READ if cmd == WRITE else cmd, offset, r.getrandbits(64), flags & ~PAYLOAD_LEN)
+        else:
+            c.request(cmd, offset, length, flags, r.randbytes(length) if cmd == WRITE else b'')
 
 
+@pytest.mark.parametrize('mode', ['simple', 'extended'])
 @pytest.mark.parametrize('length', [512, 100 * KiB, 8 * MiB])
-def test_disconnect_in_the_middle_of_a_payload(d, length):
+def test_disconnect_in_the_middle_of_a_payload(d, length, mode):
     """The write that never arrived whole never happens."""
-    for share in (0, 1, length // 2, length - 1):
+    head = maker(mode)(WRITE, 16 * MiB, length)
+    for share in (-len(head) + 1, -5, 0, 1, length // 2, length - 1):  # below 0: within the header
         c = Raw(d.nbd_path)
-        c.go('disk')
-        c.send(request(WRITE, 16 * MiB, length) + b'!' * share)
+        c.go('disk', mode=mode)
+        c.send(head[:len(head) + min(share, 0)] + b'!' * share)
         c.s.close()
     normal_client(d)
     assert not any(content(d.path('disk.raw'))[16 * MiB:16 * MiB + length])
+
+
+def test_disconnect_in_the_middle_of_other_payloads(d):
+    """One that names contexts, and one that nobody wants."""
+    for cmd, length in ((STATUS, 16), (TRIM, 32 * MiB), (STATUS, 31 * MiB)):
+        for share in (0, 1, 12):
+            c = Raw(d.nbd_path)
+            c.go('disk', mode='extended', contexts=['base:allocation'])
+            c.send(ext_request(cmd, 0, length, PAYLOAD_LEN) + bytes(share))
+            c.s.close()
+
+
+def test_payloads_without_end_that_nobody_wants(d):
+    """Each is read past and refused; others are served meanwhile, nothing piles up."""
+    c = Raw(d.nbd_path)
+    c.go('disk', mode='extended')
+    waste = ext_request(TRIM, 0, 32 * MiB, PAYLOAD_LEN) + bytes(32 * MiB)
+    for _ in range(10):
+        c.send(waste)
+        normal_client(d)
+    for _ in range(10):
+        assert c.reply().error
+    assert memory(d) < 32 * MiB
 
 
 def test_disconnect_with_requests_in_flight(d):
@@ -241,14 +291,27 @@ def test_disconnect_with_requests_in_flight(d):
         c.s.close()
 
 
-def test_a_client_that_never_reads(d):
-    """It asks for 100 GiB; only some MiB of that are ever made, and others go on at speed."""
+def requests_in(c, seconds):
+    """How many small reads a well-behaved client gets in so long."""
+    end, n = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        assert len(c.request(READ, n % 1000 * 4096, 4096).data) == 4096
+        n += 1
+    return n
+
+
+@pytest.mark.parametrize('mode', ['simple', 'extended'])
+def test_a_client_that_never_reads(d, mode):
+    """It asks for 100 GiB; only some MiB of that are ever made, and others go on at full speed."""
+    good = Raw(d.nbd_path)
+    good.go('disk', mode=mode)
+    alone = requests_in(good, 0.5)
     lazy = []
     for _ in range(4):
         c = Raw(d.nbd_path)
-        c.go('disk')
+        c.go('disk', mode=mode)
         c.s.setblocking(False)
-        batch = b''.join(request(READ, i % 2 * 32 * MiB, 32 * MiB, cookie=i) for i in range(100))
+        batch = b''.join(maker(mode)(READ, i % 2 * 32 * MiB, 32 * MiB, cookie=i) for i in range(100))
         sent = 0
         try:
             while sent < 8 * len(batch):
@@ -256,13 +319,19 @@ def test_a_client_that_never_reads(d):
         except BlockingIOError:
             pass
         lazy.append(c)
-    c = Raw(d.nbd_path)
-    c.go('disk')
-    start = time.monotonic()
-    for i in range(500):
-        assert len(c.request(READ, i * 4096, 4096).data) == 4096
-    assert time.monotonic() - start < 3
+    # Whichever loop serves it. Whatever else this machine does may disturb a look, but not all.
+    beside = [Raw(d.nbd_path) for _ in range(3)]
+    for c in [good, *beside]:
+        if c is not good:
+            c.go('disk', mode=mode)
+        assert any(requests_in(c, 0.2) * 2.5 > alone / 2 for _ in range(8))
     assert memory(d) < 4 * 64 * MiB + 100 * MiB
+    for c in lazy:  # and a transaction does not wait for them
+        start = time.monotonic()
+        d.cmd('transaction', actions=[])
+        d.cmd('block-dirty-bitmap-add', node='disk', name='b')
+        d.cmd('block-dirty-bitmap-remove', node='disk', name='b')
+        assert time.monotonic() - start < 2
     for c in lazy:
         c.s.close()
 
@@ -308,20 +377,48 @@ def test_block_status_that_nobody_reads(d):
     c.s.close()
 
 
+def test_deleting_an_export_whose_replies_nobody_reads(d):
+    """Safe: refused with the reason. Hard: at once, and the node can go too."""
+    for mode in MODES:
+        d.add_disk('other', SIZE)
+        d.export('other')
+        c = Raw(d.nbd_path)
+        c.go('other', mode=mode)
+        c.send(b''.join(maker(mode)(READ, 0, 32 * MiB, cookie=i) for i in range(50)))
+        c.take(100)  # they have begun to come
+        with refused("'exp-other' is in use by 1 connection", "'hard'"):
+            d.cmd('block-export-del', id='exp-other')
+        with refused('other', 'export'):
+            d.cmd('blockdev-del', {'node-name': 'other'})
+        start = time.monotonic()
+        d.cmd('block-export-del', id='exp-other', mode='hard')
+        d.qmp.event('BLOCK_EXPORT_DELETED', id='exp-other')
+        d.cmd('blockdev-del', {'node-name': 'other'})
+        assert time.monotonic() - start < 3
+        c.s.close()
+
+
 def test_one_byte_at_a_time(d):
+    one_byte_at_a_time(d, option(7, string('disk') + b'\0\0'), request, struct.pack('>IIQ', 0x67446698, 0, 7))
+    end = struct.pack('>IHHQQQ', EXT_CHUNK, 1, 0, 7, 4096, 0)
+    data = struct.pack('>IHHQQQQ', EXT_CHUNK, 1, 1, 7, 4096, 608, 4096)
+    one_byte_at_a_time(d, option(11) + option(7, string('disk') + b'\0\0'), maker('extended'), end, data)
+
+
+def one_byte_at_a_time(d, options, make, end, data=None):
     c = Raw(d.nbd_path, flags=None)
     c.s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    name = string(b'disk') + b'\0\0'
-    talk = b'\0\0\0\3' + option(7, name) + request(WRITE, 4096, 600) + b'b' * 600 + request(READ, 4096, 600)
+    talk = b'\0\0\0\3' + options + make(WRITE, 4096, 600) + b'b' * 600 + make(READ, 4096, 600)
     for i in range(len(talk)):
         c.s.send(talk[i:i + 1])
     while True:
-        _, _, kind, length = struct.unpack('>QIII', c.take(20))
+        _, opt, kind, length = struct.unpack('>QIII', c.take(20))
         c.take(length)
-        if kind == 1:
+        if (opt, kind) == (7, 1):
             break
-    assert c.take(16) == struct.pack('>IIQ', 0x67446698, 0, 7)
-    assert c.take(16 + 600) == struct.pack('>IIQ', 0x67446698, 0, 7) + b'b' * 600
+    data = data or end
+    assert c.take(len(end)) == end
+    assert c.take(len(data) + 600) == data + b'b' * 600
 
 
 # ---------------------------------------------------------------- crowds
@@ -340,12 +437,18 @@ def test_256_connections(d):
 
 
 def test_connect_storm(d):
+    """Of all kinds: silent ones, half a handshake, a whole one with requests. Nothing is left of them."""
+    before = memory(d)
+    go = b'\0\0\0\3' + option(11) + option(7, string('disk') + b'\0\0')
     for i in range(2000):
         s = socket.socket(socket.AF_UNIX)
         s.connect(d.nbd_path)  # blocks while the backlog is full
         if i % 3 == 0:
             s.send(b'\0\0\0\3' + option(3))
+        elif i % 3 == 1:
+            s.send(go + ext_request(READ, 0, MiB) * 3)
         s.close()
+    until('memory is given back', lambda: memory(d) < before + 32 * MiB)
 
 
 def test_the_limit_on_connections():

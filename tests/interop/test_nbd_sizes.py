@@ -26,9 +26,13 @@ def run(*args):
 
 @pytest.fixture(params=['file', 'window', 'direct'])
 def odd(request):
-    """odd(size): a daemon that exports 'odd' of so many random bytes; .bytes() is what is there now."""
+    """odd(size): a daemon that exports so many random bytes by the name 'odd' (and no other such export);
+    .bytes() is what is there now."""
     with Daemon() as d:
         def make(size):
+            for e in d.cmd('query-block-exports'):
+                d.cmd('block-export-del', id=e['id'], mode='hard')
+                d.qmp.event('BLOCK_EXPORT_DELETED')
             start = 700 if request.param == 'window' else 0
             path = d.path(f'{size}.raw')
             with open(path, 'wb') as f:
@@ -47,9 +51,12 @@ def odd(request):
         yield make
 
 
-@pytest.mark.parametrize('size', SIZES)
-def test_every_byte_and_none_beyond(odd, size):
-    d = odd(size)
+def test_every_byte_and_none_beyond(odd):
+    for size in SIZES:
+        every_byte_and_none_beyond(odd(size), size)
+
+
+def every_byte_and_none_beyond(d, size):
     around = d.around()
     for mode in MODES:
         c = Raw(d.nbd_path)
@@ -83,9 +90,12 @@ def test_every_byte_and_none_beyond(odd, size):
 @needs['nbdcopy']
 @needs['qemu-img']
 @needs['qemu-io']
-@pytest.mark.parametrize('size', [1000, MiB + 4097])
-def test_odd_sizes_and_real_clients(odd, size):
-    d = odd(size)
+def test_odd_sizes_and_real_clients(odd):
+    for size in (1000, MiB + 4097):
+        real_clients(odd(size), size)
+
+
+def real_clients(d, size):
     uri, copy = d.uri('odd'), d.path('copy')
     h = nbd.NBD()
     h.connect_uri(uri)

@@ -297,6 +297,33 @@ def test_a_whole_huge_disk_in_one_request(huge):
     assert r.extents[DIRTY][3] == (16 * GiB + 64 * KiB, 1)
 
 
+def test_a_thousand_dirty_runs_in_one_request(huge):
+    """And the same by 4097 requests with lengths of 32 bits."""
+    runs = [i * (huge.size // 1000) // (64 * KiB) * 64 * KiB for i in range(1000)]
+    c = client(huge, name='huge')
+    for offset in runs:
+        c.ask(ZERO, offset + 100, 5)
+    for _ in runs:
+        assert c.reply().error == 0
+    c = client(huge, name='huge', contexts=[DIRTY])
+    rows = c.request(STATUS, 0, huge.size).extents[DIRTY]
+    assert len(rows) == 2000 and sum(n for n, _ in rows) == huge.size
+    edges = [sum(n for n, _ in rows[:i]) for i in range(0, 2000, 2)]
+    assert edges == runs and all(rows[i][0] == 64 * KiB for i in range(0, 2000, 2))
+    c = client(huge, 'structured', 'huge', [DIRTY])
+    step, narrow = (1 << 32) - 64 * KiB, []
+    starts = range(0, huge.size, step)
+    for i in range(0, len(starts), 256):
+        part = {c.ask(STATUS, o, min(step, huge.size - o)): o for o in starts[i:i + 256]}
+        replies = {r.cookie: r.extents[DIRTY] for r in (c.reply() for _ in part)}
+        for cookie in part:
+            for n, flags in replies[cookie]:
+                if narrow and narrow[-1][1] == flags:
+                    n += narrow.pop()[0]
+                narrow.append((n, flags))
+    assert narrow == rows
+
+
 def deleted(d, export):
     try:
         d.cmd('block-export-del', id=export)
