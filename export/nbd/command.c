@@ -28,10 +28,15 @@ uint64_t nbd_request_bytes(const struct nbd_request *rq)
     return data && rq->len <= NBD_MAX_PAYLOAD ? rq->len : 0;
 }
 
-/* CACHE holds a piece only, but costs its length: not many of them shall work at once. */
+/* CACHE holds a piece only, but costs its length, and what is zeroed or trimmed in pieces costs
+ * something though it holds nothing: not many of them shall work at once for one client. */
 uint64_t nbd_request_cost(const struct nbd_conn *c, const struct nbd_request *rq)
 {
-    return rq->cmd == NBD_CMD_BLOCK_STATUS ? nbd_block_status_max(c, rq) : nbd_request_bytes(rq);
+    if (rq->cmd == NBD_CMD_BLOCK_STATUS)
+        return nbd_block_status_max(c, rq);
+    if ((rq->cmd == NBD_CMD_TRIM || rq->cmd == NBD_CMD_WRITE_ZEROES) && rq->len > NODE_MAX_IO)
+        return NBD_LONG_COST;
+    return nbd_request_bytes(rq);
 }
 
 bool nbd_request_takes_payload(const struct nbd_conn *c, const struct nbd_request *rq)

@@ -183,7 +183,8 @@ static inline bool nbd_is_cut(const struct nbd_context *x)
 
 /* Do it (admitted) and make the reply. Errors end up in the reply. */
 co_fn void nbd_task_run(struct nbd_task *t);
-/* Bytes that `rq` may hold while in flight, and those that it moves. */
+/* Bytes that `rq` counts for while in flight, and those that it moves. */
+#define NBD_LONG_COST (4 * MIB) /* of zeroing or trimming in pieces: 16 at once for a client */
 uint64_t nbd_request_cost(const struct nbd_conn *c, const struct nbd_request *rq);
 uint64_t nbd_request_bytes(const struct nbd_request *rq);
 /* Is its payload (there is one) to be kept for the task? Any other is read past, up to
