@@ -301,11 +301,12 @@ def requests_in(c, seconds):
 
 
 @pytest.mark.parametrize('mode', ['simple', 'extended'])
-def test_a_client_that_never_reads(d, mode):
-    """It asks for 100 GiB; only some MiB of that are ever made, and others go on at full speed."""
-    good = Raw(d.nbd_path)
-    good.go('disk', mode=mode)
-    alone = requests_in(good, 0.5)
+def test_a_client_that_never_reads(d, shared, mode):
+    """It asks for 100 GiB; only some MiB of that are ever made, and others go on at full speed: that of a
+    daemon without such a client, looked at in the same moments."""
+    good, alone = Raw(d.nbd_path), Raw(shared.nbd_path)
+    for c in (good, alone):
+        c.go('disk', mode=mode)
     lazy = []
     for _ in range(4):
         c = Raw(d.nbd_path)
@@ -319,12 +320,12 @@ def test_a_client_that_never_reads(d, mode):
         except BlockingIOError:
             pass
         lazy.append(c)
-    # Whichever loop serves it. Whatever else this machine does may disturb a look, but not all.
     beside = [Raw(d.nbd_path) for _ in range(3)]
-    for c in [good, *beside]:
+    for c in [good, *beside]:  # whichever loop serves it
         if c is not good:
             c.go('disk', mode=mode)
-        assert any(requests_in(c, 0.2) * 2.5 > alone / 2 for _ in range(8))
+        # Whatever else this machine does may disturb a look, but not all of them.
+        assert any(requests_in(c, 0.1) > requests_in(alone, 0.1) / 2 for _ in range(20))
     assert memory(d) < 4 * 64 * MiB + 100 * MiB
     for c in lazy:  # and a transaction does not wait for them
         start = time.monotonic()
