@@ -354,12 +354,17 @@ static void with_world(unsigned n_loops, void (*body)(struct world *))
 }
 
 /* The same in the simulator, where time is made up and nothing is waited for. */
-static void with_sim_world(uint64_t seed, unsigned n_loops, void (*body)(struct world *))
+static void with_sim(const struct sim_config *cfg, void (*body)(struct world *))
 {
     struct world w = {.body = body, .path = "disk", .addr = {.type = IO_ADDR_UNIX, .path = "sock"}};
-    assert_int_equal(sim_new(&(struct sim_config){.seed = seed, .n_loops = n_loops}, &w.io), 0);
+    assert_int_equal(sim_new(cfg, &w.io), 0);
     assert_int_equal(io_run(w.io, world_main, &w), 0);
     io_free(w.io);
+}
+
+static void with_sim_world(uint64_t seed, unsigned n_loops, void (*body)(struct world *))
+{
+    with_sim(&(struct sim_config){.seed = seed, .n_loops = n_loops}, body);
 }
 
 /* ------------------------------------------------------------------ a client */
@@ -1373,6 +1378,38 @@ static void unread_replies_do_not_keep_an_export(void **state)
         with_sim_world(seed, 1 + seed % 3, unread_body);
 }
 
+/* Caching is for nobody once the client has said goodbye, even in the middle. Each look into the
+ * file and each read takes 5 s here, and there are 16 of both. */
+static void goodbye_body(struct world *w)
+{
+    const struct nbd_request rq = {.cmd = NBD_CMD_CACHE, .len = DISK}, bye = {.cmd = NBD_CMD_DISC};
+    static uint8_t data[1u << 20];
+    start_server(w, 0);
+    add_export(w, NBD_N "\"id\":\"e\",\"writable\":true}");
+    struct io_sock *s = connected(w, "n", false);
+    for (unsigned i = 0; i < DISK / sizeof data; i++) {
+        request(s, NBD_CMD_WRITE, 0, i * sizeof data, sizeof data, data, sizeof data);
+        CHECK_EQ(simple_reply(s, NULL, 0), 0);
+    }
+    io_sock_close(s);
+    s = dial(w);
+    CHECK_EQ(option(s, NBD_OPT_EXTENDED_HEADERS, NULL, 0), NBD_REP_ACK);
+    CHECK_EQ(option(s, NBD_OPT_GO, data, go_data(data, "n")), NBD_REP_ACK);
+    ext_request(s, &rq, NULL);
+    io_sleep(12000000000u);
+    ext_request(s, &bye, NULL);
+    uint64_t before = io_now(w->io);
+    while (!is_closed(s))
+        continue;
+    CHECK(io_now(w->io) - before < 20000000000u);
+    io_sock_close(s);
+}
+
+static void caching_ends_with_goodbye(void **state)
+{
+    with_sim(&(struct sim_config){.seed = 1, .stall_in = 1}, goodbye_body);
+}
+
 /* Zeroing 2^60 bytes: it stops when the export is deleted hard, also after the client's goodbye. */
 static void endless_body(struct world *w)
 {
@@ -1473,6 +1510,7 @@ int main(void)
         cmocka_unit_test(slow_client_holds_up_nobody),
         cmocka_unit_test(unread_replies_do_not_keep_an_export),
         cmocka_unit_test(long_requests_end_with_their_export),
+        cmocka_unit_test(caching_ends_with_goodbye),
         cmocka_unit_test(clients_may_leave_any_time),
     };
     return cmocka_run_group_tests_name("export", tests, NULL, NULL);

@@ -296,7 +296,8 @@ static int do_cache(struct nbd_task *t, struct node *n)
         return 0;
     void *buf = io_buf_get(size);
     int r = buf ? 0 : -ENOMEM;
-    while (r == 0 && off < end) {
+    /* Nothing would be missed if it were not done: it ends with a goodbye too. */
+    while (r == 0 && off < end && !nbd_task_context(t)->goodbye) {
         r = cache_piece(n, off, end, &(struct iovec){buf, size}, &done);
         off += done;
         if (r == 0 && off < end)

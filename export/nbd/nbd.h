@@ -172,6 +172,7 @@ struct nbd_context {
     struct root *root;
     uint64_t data_off, data_end; /* the last extent found that is not a hole: stays true enough */
     bool left;                   /* the client has gone without goodbye */
+    bool goodbye;                /* or with it: what it asked for is done, replies are not needed */
 };
 struct nbd_context *nbd_task_context(struct nbd_task *t);
 

@@ -621,7 +621,7 @@ static int next_request(struct nbd_session *s, struct nbd_task **out)
     s->bytes += cost;
     if (rq.payload <= SMALL_PAYLOAD)
         s->hint = RBUF_LEN;
-    if (nbd_request_takes_payload(s->x.conn, &rq))
+    if (rq.payload && nbd_request_takes_payload(s->x.conn, &rq))
         r = receive_payload(s, t);
     else if (rq.payload && rq.payload <= NBD_MAX_PAYLOAD)
         r = receive_past(s, rq.payload);
@@ -672,6 +672,7 @@ static void serve_requests(struct nbd_session *s)
         count_turn(s, bytes);
     }
     s->x.left |= r < 0;
+    s->x.goodbye = r > 0;
     end_batch(s);
     while (s->n_tasks > 0 || s->sending)
         park(s);

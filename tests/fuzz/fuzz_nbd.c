@@ -6,11 +6,13 @@
  * contexts 2 in transmission with structured replies and 4 with extended headers. scripts/fuzz.sh
  * builds it; what tests/fuzz/make_corpus.py writes is where it begins.
  *
- * Everything is in this process: one loop, a null-co node with a bitmap, a socket pair. */
+ * Everything is in this process: one loop, a node with a bitmap, a socket pair. From 6 on the first
+ * byte means the same again, but the node is a file that is partly written, not null-co. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -24,7 +26,10 @@
 #include "io/io.h"
 #include "schema/types.h"
 
-#define DISK "16777216"
+#define DISK 16777216
+#define DATA 262144 /* of which so much is written, from DATA on */
+#define TEXT(x) #x
+#define NUMBER(x) TEXT(x)
 #define MUST(x)                                                                                    \
     do {                                                                                           \
         if (!(x)) {                                                                                \
@@ -39,10 +44,31 @@ struct input {
     size_t len;
 };
 
-static struct node *open_node(struct graph *g)
+/* The file is the same for all inputs, and always as new: what is below it goes by its number. */
+static int fresh_file(void)
 {
-    static const char text[] =
-        "{\"driver\":\"null-co\",\"node-name\":\"n\",\"size\":" DISK ",\"read-zeroes\":true}";
+    static char data[DATA];
+    static int fd = -1;
+    if (fd < 0)
+        fd = memfd_create("fuzz_nbd", MFD_CLOEXEC);
+    memset(data, 'd', sizeof data);
+    MUST(fd >= 0 && ftruncate(fd, 0) == 0 && ftruncate(fd, DISK) == 0);
+    MUST(pwrite(fd, data, sizeof data, DATA) == DATA);
+    return fd;
+}
+
+static struct node *open_node(struct graph *g, bool file)
+{
+    char text[200];
+    if (file)
+        snprintf(text, sizeof text,
+                 "{\"driver\":\"file\",\"node-name\":\"n\",\"filename\":\"/proc/self/fd/%d\","
+                 "\"locking\":\"off\",\"discard\":\"unmap\"}",
+                 fresh_file());
+    else
+        snprintf(text, sizeof text,
+                 "{\"driver\":\"null-co\",\"node-name\":\"n\",\"size\":" NUMBER(
+                     DISK) ",\"read-zeroes\":true}");
     struct arena a = {0};
     struct tide_error err;
     struct node *n;
@@ -147,7 +173,7 @@ static void fuzz_main(void *arg)
     struct graph *g;
     snprintf(addr.path, sizeof addr.path, "@fuzz_nbd.%d", (int)getpid());
     MUST(graph_new(in->io, &g) == 0);
-    struct node *n = open_node(g);
+    struct node *n = open_node(g, in->data[0] / 6 % 2);
     b = open_bitmap(g, n);
     e.bitmaps = &b;
     MUST(root_new(n, ROOT_READ | ROOT_WRITE, "export 'n'", &e.root, &err) == 0);

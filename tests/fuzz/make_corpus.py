@@ -3,7 +3,7 @@
 """Writes the inputs that the fuzzer of the NBD server begins with, into tests/fuzz/corpus/fuzz_nbd.
 
 Each is one byte that says where it begins (see tests/fuzz/fuzz_nbd.c) and what a client says from
-there on: conversations that get far, and each kind of mistake. Run it after a change and commit what
+there on: conversations that get far, and each kind of mistake; transmissions with a file below too. Run it after a change and commit what
 it wrote; the same script writes the same files.
 """
 import os
@@ -18,8 +18,8 @@ from nbd_raw import (CACHE, DF, DISC, FAST_ZERO, FLUSH, FUA, NO_HOLE, OPT_ABORT,
                      OPT_STARTTLS, OPT_STRUCTURED, PAYLOAD_LEN, READ, REQ_ONE, STATUS, TRIM, WRITE, ZERO,
                      ext_request, meta, option, request, string)
 
-DISK = 16 << 20
-START, SIMPLE, STRUCTURED, STRUCTURED_OPTIONS, EXTENDED, EXTENDED_OPTIONS = range(6)
+DISK, DATA = 16 << 20, 256 << 10  # DATA bytes of it are written, from DATA on, in a file
+START, SIMPLE, STRUCTURED, STRUCTURED_OPTIONS, EXTENDED, EXTENDED_OPTIONS, ON_FILE = range(7)
 FLAGS = struct.pack('>I', 3)
 GO = string('n') + struct.pack('>HHHH', 3, 0, 1, 3)
 CONTEXTS = ['base:allocation', 'qemu:allocation-depth', 'qemu:dirty-bitmap:b']
@@ -51,7 +51,7 @@ def handshakes():
 
 
 def transmissions():
-    ranges = [(0, 512), (1, 4096), (DISK - 1, 1), (DISK, 1), (0, DISK), (DISK - 512, 1024)]
+    ranges = [(0, 512), (1, 4096), (DISK - 1, 1), (DISK, 1), (0, DISK), (DISK - 512, 1024), (DATA - 9, DATA)]
     for begin, name, make in ((SIMPLE, 'simple', request), (STRUCTURED, 'structured', request),
                               (EXTENDED, 'extended', ext_request)):
         payload = PAYLOAD_LEN if begin == EXTENDED else 0
@@ -85,7 +85,8 @@ def main():
     out = os.path.join(HERE, 'corpus', 'fuzz_nbd')
     shutil.rmtree(out, ignore_errors=True)
     os.makedirs(out)
-    for name, begin, data in [*handshakes(), *transmissions()]:
+    on_file = [('file-' + name, ON_FILE + begin, data) for name, begin, data in transmissions()]
+    for name, begin, data in [*handshakes(), *transmissions(), *on_file]:
         with open(os.path.join(out, name), 'xb') as f:
             f.write(bytes([begin]) + data)
 
