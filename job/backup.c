@@ -68,6 +68,8 @@ static int make_work(struct backup *b)
     }
     if (r == 0)
         r = bitmap_clone(b->todo, &b->undone);
+    if (r == 0 && b->opts.sync != BACKUP_BITMAP)
+        r = bitmap_new(b->size, shift, &b->holes);
     return r;
 }
 
@@ -89,10 +91,10 @@ static unsigned count_workers(const struct backup *b)
 static int make_workers(struct backup *b)
 {
     b->n_workers = count_workers(b);
-    b->worker = mem_calloc(b->n_workers + 1, sizeof *b->worker);
+    b->worker = mem_calloc(b->n_workers + 2, sizeof *b->worker);
     if (!b->worker)
         return -ENOMEM;
-    for (unsigned i = 0; i <= b->n_workers; i++)
+    for (unsigned i = 0; i < b->n_workers + 2; i++)
         b->worker[i].backup = b;
     return 0;
 }
@@ -113,10 +115,11 @@ static void free_parts(struct backup *b)
     mem_free(b->worker);
     graph_bitmap_free_later(b->graph, b->todo);
     graph_bitmap_free_later(b->graph, b->undone);
+    graph_bitmap_free_later(b->graph, b->holes);
     root_free(b->unit_root);
     root_free(b->spill_root);
     b->worker = NULL;
-    b->todo = b->undone = NULL;
+    b->todo = b->undone = b->holes = NULL;
     b->unit_root = b->spill_root = NULL;
 }
 
@@ -253,10 +256,12 @@ static struct loop *pick_loop(struct backup *b)
 static int start_workers(struct backup *b)
 {
     struct loop *l = pick_loop(b);
-    atomic_store(&b->n_running, b->n_workers + 1);
-    int r = loop_spawn(l, backup_spiller, &b->worker[b->n_workers]);
+    atomic_store(&b->n_running, b->n_workers + 1 + (b->holes != NULL));
+    int r = loop_spawn(l, backup_spiller, backup_spiller_of(b));
     if (r < 0)
         return r;
+    if (b->holes && loop_spawn(l, backup_scout, &b->worker[b->n_workers + 1]) < 0)
+        atomic_fetch_sub(&b->n_running, 1); /* holes are read then */
     for (unsigned i = 0; i < b->n_workers; i++) {
         r = loop_spawn(l, backup_worker, &b->worker[i]);
         if (r < 0) {

@@ -46,6 +46,7 @@ struct claim {
 /* A guest write that waits for memory. */
 struct starving {
     struct io_event event;
+    bool granted; /* the memory is there and counted; no longer in the list */
     TAILQ_ENTRY(starving) link;
 };
 
@@ -65,7 +66,11 @@ struct backup {
     bool hooked;
     uint64_t size, granule, chunk;
     struct bitmap *todo, *undone;
-    bool target_is_zero;
+    /* Granules that read as zero, as far as they are still in `todo`: whoever writes to one takes
+     * it out first, so what the scout has seen once stays true of the others. NULL: nobody looks.
+     */
+    struct bitmap *holes;
+    _Atomic bool target_is_zero; /* blank: nothing was written there before the job */
     _Atomic bool no_offload;
 
     struct spin lock;
@@ -78,7 +83,7 @@ struct backup {
     /* The source reads as zero here, as far as granules are still in `todo`: whoever writes to one
      * takes it out first, so what was learnt once stays true of the others. */
     uint64_t hole_off, hole_end;
-    uint64_t spill_bytes;  /* in memory now */
+    uint64_t spill_bytes;  /* in memory now, in whole granules */
     uint64_t n_waits;      /* guest writes that had to wait for memory */
     uint64_t budget_at;    /* rate limit: when the next byte may go */
     uint64_t budget_speed; /* the speed for which that was reckoned */
@@ -86,13 +91,20 @@ struct backup {
     _Atomic bool failed; /* stop: an error was reported */
     _Atomic int failure; /* -errno */
     unsigned n_workers;
-    struct worker *worker; /* n_workers copiers and, last, the spiller */
+    struct worker *worker; /* n_workers copiers, the spiller and the scout */
     _Atomic unsigned n_running, n_parked;
 };
 
 /* copy.c */
 co_fn void backup_worker(void *worker);
 co_fn void backup_spiller(void *worker);
+co_fn void backup_scout(void *worker);
+static inline struct worker *backup_spiller_of(struct backup *b)
+{
+    return &b->worker[b->n_workers];
+}
+/* The block is on the target, or need not go there. */
+void backup_note_copied(struct backup *b, uint64_t off, uint64_t len);
 bool backup_stopping(struct backup *b);
 void backup_kick_all(struct backup *b);
 void backup_kick_main(struct backup *b);
@@ -102,3 +114,5 @@ void backup_before_write(struct node_hook *h, uint64_t off, uint64_t len);
 void backup_break(struct backup *b, int error, const char *why);
 void backup_claim_end(struct backup *b, struct claim *c);
 void backup_wake_starving(struct backup *b);
+/* The memory of one granule is free again. */
+void backup_give_room(struct backup *b);

@@ -46,7 +46,7 @@ void backup_claim_end(struct backup *b, struct claim *c)
     atomic_fetch_sub(&b->n_claims, 1);
     spin_unlock(&b->lock);
     if (waited || c->by_guest || backup_stopping(b))
-        io_event_set(&b->worker[b->n_workers].kick);
+        io_event_set(&backup_spiller_of(b)->kick);
 }
 
 void backup_break(struct backup *b, int error, const char *why)
@@ -70,36 +70,46 @@ void backup_wake_starving(struct backup *b)
     spin_unlock(&b->lock);
 }
 
-/* Room for one granule of old data. `deadline` is that of the whole guest write, 0 until it waits
- * for the first time. False: none in time, or the job is about to end. */
-static co_fn bool get_room(struct backup *b, uint64_t len, uint64_t *deadline)
+/* Room for one granule of old data, first come, first served. `deadline` is that of the whole guest
+ * write, 0 until it waits for the first time. False: none in time, or the job is about to end. */
+static co_fn bool get_room(struct backup *b, uint64_t *deadline)
 {
+    struct starving me = {.event = IO_EVENT_INIT};
     spin_lock(&b->lock);
-    while (b->spill_bytes + len > BACKUP_SPILL_MAX && !backup_stopping(b)) {
-        struct starving me = {.event = IO_EVENT_INIT};
-        if (!*deadline) {
-            *deadline = io_now(graph_io(b->graph)) + BACKUP_SPILL_WAIT;
-            b->n_waits++;
-        }
-        TAILQ_INSERT_TAIL(&b->starving, &me, link);
+    if (TAILQ_EMPTY(&b->starving) && b->spill_bytes + b->granule <= BACKUP_SPILL_MAX) {
+        b->spill_bytes += b->granule;
         spin_unlock(&b->lock);
-        int r = io_event_wait(&me.event, *deadline);
-        spin_lock(&b->lock);
-        TAILQ_REMOVE(&b->starving, &me, link);
-        if (r < 0)
-            break;
+        return true;
     }
-    bool ok = b->spill_bytes + len <= BACKUP_SPILL_MAX && !backup_stopping(b);
-    if (ok)
-        b->spill_bytes += len;
+    if (!*deadline) {
+        *deadline = io_now(graph_io(b->graph)) + BACKUP_SPILL_WAIT;
+        b->n_waits++;
+    }
+    TAILQ_INSERT_TAIL(&b->starving, &me, link);
+    int r = 0;
+    while (!me.granted && r == 0 && !backup_stopping(b)) {
+        spin_unlock(&b->lock);
+        r = io_event_wait(&me.event, *deadline);
+        spin_lock(&b->lock);
+    }
+    if (!me.granted)
+        TAILQ_REMOVE(&b->starving, &me, link);
     spin_unlock(&b->lock);
-    return ok;
+    return me.granted;
 }
 
-static void give_room(struct backup *b, uint64_t len)
+/* Who has waited longest gets it: nobody who comes now may take it away. */
+void backup_give_room(struct backup *b)
 {
+    struct starving *s;
     spin_lock(&b->lock);
-    b->spill_bytes -= len;
+    b->spill_bytes -= b->granule;
+    while ((s = TAILQ_FIRST(&b->starving)) && b->spill_bytes + b->granule <= BACKUP_SPILL_MAX) {
+        TAILQ_REMOVE(&b->starving, s, link);
+        b->spill_bytes += b->granule;
+        s->granted = true;
+        io_event_set(&s->event);
+    }
     spin_unlock(&b->lock);
 }
 
@@ -110,7 +120,7 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
     uint64_t off = mine->off, len = mine->end - mine->off;
     struct kept *k = NULL;
     int r = -EAGAIN;
-    if (get_room(b, len, deadline)) {
+    if (get_room(b, deadline)) {
         k = mem_zalloc(sizeof *k);
         if (k)
             k->buf = io_buf_get(len);
@@ -120,7 +130,7 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
             r = node_preadv(b->opts.source, &one, 1, off, len);
         }
         if (r < 0)
-            give_room(b, len);
+            backup_give_room(b);
     }
     if (r == 0) {
         *k = (struct kept){.off = off, .len = len, .buf = k->buf, .over = after != NULL};
@@ -134,7 +144,7 @@ static co_fn void keep(struct backup *b, struct claim *mine, struct claim *after
         }
         TAILQ_INSERT_TAIL(c ? &c->kept : &b->spill, k, link);
         spin_unlock(&b->lock);
-        io_event_set(&b->worker[b->n_workers].kick);
+        io_event_set(&backup_spiller_of(b)->kick);
         return;
     }
     if (k && k->buf)
@@ -165,8 +175,11 @@ static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end, uin
     if (!mine_to_do)
         return;
     /* The claim keeps others away, so the bit may be cleared outside the lock. */
+    bool hole = !c && b->target_is_zero && b->holes && bitmap_test(b->holes, off);
     if (!c && bitmap_unmark(b->todo, off, end - off, graph_retired(b->graph)) < 0)
         backup_break(b, -ENOMEM, "taking a block for a guest write");
+    else if (hole)
+        backup_note_copied(b, off, end - off);
     else
         keep(b, &mine, c, deadline);
     backup_claim_end(b, &mine);

@@ -21,7 +21,7 @@ bool backup_stopping(struct backup *b)
 
 void backup_kick_all(struct backup *b)
 {
-    for (unsigned i = 0; i <= b->n_workers; i++)
+    for (unsigned i = 0; i < b->n_workers + 2; i++)
         io_event_set(&b->worker[i].kick);
 }
 
@@ -204,7 +204,7 @@ static void progress(struct backup *b, uint64_t len)
     atomic_fetch_add(&b->job.current, len);
 }
 
-static void note_copied(struct backup *b, uint64_t off, uint64_t len)
+void backup_note_copied(struct backup *b, uint64_t off, uint64_t len)
 {
     if (bitmap_unmark(b->undone, off, len, graph_retired(b->graph)) < 0)
         log_debug("backup", "no memory to note a copied block: it counts as not copied");
@@ -224,7 +224,7 @@ static void end_unit(struct backup *b, struct claim *c)
     spin_unlock(&b->lock);
     for (uint64_t off = c->off; off < c->end; off += b->granule) {
         if (!kept[n++])
-            note_copied(b, off, MIN(b->granule, c->end - off));
+            backup_note_copied(b, off, MIN(b->granule, c->end - off));
     }
     backup_claim_end(b, c);
 }
@@ -330,6 +330,13 @@ static co_fn void do_unit(struct worker *w, struct claim *c)
     end_unit(b, c);
 }
 
+static void worker_ends(struct backup *b)
+{
+    atomic_fetch_sub(&b->n_running, 1);
+    io_event_set(&backup_spiller_of(b)->kick);
+    backup_kick_main(b);
+}
+
 void backup_worker(void *arg)
 {
     struct worker *w = arg;
@@ -349,9 +356,38 @@ void backup_worker(void *arg)
             break;
         loop_pause();
     }
-    atomic_fetch_sub(&b->n_running, 1);
-    io_event_set(&b->worker[b->n_workers].kick);
-    backup_kick_main(b);
+    worker_ends(b);
+}
+
+/* ------------------------------------------------------------------ the scout */
+
+/* Marks the whole granules of [off, end). */
+static void note_holes(struct backup *b, uint64_t off, uint64_t end)
+{
+    uint64_t from = round_up(off, b->granule);
+    uint64_t to = end == b->size ? end : round_down(end, b->granule);
+    if (from < to)
+        bitmap_mark(b->holes, from, to - from, graph_retired(b->graph));
+}
+
+/* Looks where the source has holes, ahead of the workers: a guest write that is the first to a hole
+ * need not read it, nor keep anything, if the target is blank. Errors are the workers' business. */
+void backup_scout(void *arg)
+{
+    struct worker *w = arg;
+    struct backup *b = w->backup;
+    struct extent e = {0};
+    int r = 0;
+    for (uint64_t off = 0; r == 0 && off < b->size && !backup_stopping(b); off += e.len) {
+        park_while_paused(w);
+        root_enter(b->unit_root);
+        r = node_extent(b->opts.source, off, b->size - off, &e);
+        root_leave(b->unit_root);
+        if (r == 0 && e.zero)
+            note_holes(b, off, off + e.len);
+        loop_pause();
+    }
+    worker_ends(b);
 }
 
 /* ------------------------------------------------------------------ kept data */
@@ -366,21 +402,12 @@ static struct kept *take_kept(struct backup *b)
 
 static void drop_kept(struct backup *b, struct kept *k)
 {
-    struct starving *s;
     spin_lock(&b->lock);
     TAILQ_REMOVE(&b->spill, k, link);
-    b->spill_bytes -= k->len;
-    /* As many as there is room for: each takes its share when its own loop gets to it. */
-    uint64_t room = BACKUP_SPILL_MAX - b->spill_bytes;
-    TAILQ_FOREACH (s, &b->starving, link) {
-        if (room < b->granule)
-            break;
-        room -= b->granule;
-        io_event_set(&s->event);
-    }
     spin_unlock(&b->lock);
     io_buf_put(k->buf, k->len);
     mem_free(k);
+    backup_give_room(b);
 }
 
 static co_fn void spill_one(struct worker *w, struct kept *k)
