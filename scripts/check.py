@@ -26,7 +26,7 @@ class Stage:
 def meson(name, build, *args, env=None, limit=600):
     junit = os.path.join(ROOT, build, 'meson-logs', 'testlog-' + name + '.junit.xml')
     return Stage(name, ['meson', 'test', '-C', build, '--no-rebuild', '--print-errorlogs', '--logbase',
-                        'testlog-' + name, *args], env, junit, limit)
+                        'testlog-' + name, '--timeout-multiplier', '4', *args], env, junit, limit)
 
 
 def pytest(name, build, *args, env=None, limit=600):

@@ -187,7 +187,7 @@ static co_fn bool connect_to(struct client *c)
                     NBD_SEND_WRITE_ZEROES | NBD_SEND_FAST_ZERO | NBD_SEND_CACHE |
                     NBD_CAN_MULTI_CONN;
     CHECK((c->nbd.flags & need) == need);
-    CHECK(c->nbd.size == d->size);
+    CHECK(c->nbd.size == (d->raw ? d->size : d->file_size - d->base)); /* with the odd end */
     if (c->generation != d->generation)
         c->nbd.n_contexts = 0; /* chosen for an export that is gone */
     c->leaving = false;

@@ -284,7 +284,7 @@ static const struct scenario shared_disks = {
 /* ------------------------------------------------------------------ the odd end of a file */
 
 /* Direct writes to the last block of a file that ends within it, some of which fail half-way: the
- * file keeps its length, and what lies behind the export its bytes. */
+ * file keeps its length, and what lies behind the write its bytes. */
 static void odd_prepare(struct world *w, struct sim_config *cfg)
 {
     uint64_t *size = w->state;
@@ -304,7 +304,7 @@ static co_fn void odd_live(struct world *w)
     qmp_do(&w->qmp, "block-export-add",
            "{\"type\":\"nbd\",\"id\":\"odd\",\"node-name\":\"odd\",\"writable\":true}");
     nbd_open(&n, "odd", chance_one_in(&w->chance, 2));
-    CHECK(n.size == end);
+    CHECK(n.size == size);
     for (unsigned i = 0; i < 8; i++) {
         uint64_t off = end - 1 - chance_below(&w->chance, SECTOR);
         bool fails = chance_one_in(&w->chance, 2);
