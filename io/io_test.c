@@ -737,9 +737,10 @@ static void writer_main(void *arg)
     co_group_done(w->group);
 }
 
-static void writers_body(struct io *io)
+static void crowd_of_writers(struct io *io, bool slow)
 {
     struct io_file *f = open_new("shared", 0);
+    struct inode *ino = ((struct real_file *)f)->inode;
     struct co_group group = CO_GROUP_INIT;
     struct writer w[WRITERS];
     co_group_add(&group, WRITERS);
@@ -747,7 +748,12 @@ static void writers_body(struct io *io)
         w[i] = (struct writer){&group, i};
         CHECK_EQ(loop_spawn(io_loop(io, i % N_LOOPS), writer_main, &w[i]), 0);
     }
+    for (unsigned i = 0; slow && i < 200; i++) { /* slow, mostly */
+        atomic_store(&ino->slow_until, i % 10 ? io_now(io) + 60 * (uint64_t)SECOND : 0);
+        loop_pause();
+    }
     co_group_wait(&group);
+    CHECK(!ino->role_held && !ino->slow_held && !ino->slow_head);
     unsigned char a[BLOCK], b[BLOCK];
     for (unsigned i = 0; i < WRITERS * WRITES; i++) {
         struct iovec v = {b, BLOCK};
@@ -756,6 +762,16 @@ static void writers_body(struct io *io)
         CHECK(!memcmp(a, b, BLOCK));
     }
     io_close(f);
+}
+
+static void writers_body(struct io *io)
+{
+    crowd_of_writers(io, false);
+}
+
+static void slow_writers_body(struct io *io)
+{
+    crowd_of_writers(io, true);
 }
 
 struct flusher {
@@ -1740,6 +1756,7 @@ ON_BOTH(direct_heavy)
 ON_BOTH(sticky_sync)
 ON_BOTH(durable_write)
 ON_BOTH(writers)
+ON_BOTH(slow_writers)
 ON_BOTH(flushers)
 ON_BOTH(role)
 ON_BOTH(slow)
@@ -1815,6 +1832,7 @@ int main(int argc, char **argv)
         BOTH(sticky_sync),
         BOTH(durable_write),
         BOTH(writers),
+        BOTH(slow_writers),
         BOTH(flushers),
         BOTH(role),
         BOTH(slow),

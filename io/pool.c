@@ -33,14 +33,23 @@ struct pool {
 };
 
 static ssize_t (*const run_op[N_POOL_KINDS])(struct pool_op *) = {
-    [POOL_OPEN] = file_do_open,     [POOL_CLOSE] = file_do_close,
-    [POOL_FSTAT] = file_do_fstat,   [POOL_STAT] = file_do_stat,
-    [POOL_RW] = file_do_rw,         [POOL_SYNC] = file_do_sync,
-    [POOL_ZERO] = file_do_zero,     [POOL_TRUNCATE] = file_do_truncate,
-    [POOL_EXTENT] = file_do_extent, [POOL_COPY] = file_do_copy,
-    [POOL_LOCK] = file_do_lock,     [POOL_RENAME] = file_do_rename,
-    [POOL_UNLINK] = file_do_unlink, [POOL_SYNC_DIR] = file_do_sync_dir,
-    [POOL_LISTEN] = sock_do_listen, [POOL_CONNECT] = sock_do_connect,
+    [POOL_OPEN] = file_do_open,
+    [POOL_CLOSE] = file_do_close,
+    [POOL_FSTAT] = file_do_fstat,
+    [POOL_STAT] = file_do_stat,
+    [POOL_RW] = file_do_rw,
+    [POOL_SYNC] = file_do_sync,
+    [POOL_DRAIN] = file_do_drain,
+    [POOL_ZERO] = file_do_zero,
+    [POOL_TRUNCATE] = file_do_truncate,
+    [POOL_EXTENT] = file_do_extent,
+    [POOL_COPY] = file_do_copy,
+    [POOL_LOCK] = file_do_lock,
+    [POOL_RENAME] = file_do_rename,
+    [POOL_UNLINK] = file_do_unlink,
+    [POOL_SYNC_DIR] = file_do_sync_dir,
+    [POOL_LISTEN] = sock_do_listen,
+    [POOL_CONNECT] = sock_do_connect,
 };
 
 static void queue_push(struct pool_queue *q, struct pool_op *op)

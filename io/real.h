@@ -130,6 +130,7 @@ enum pool_kind {
     POOL_FSTAT,
     POOL_STAT,
     POOL_RW,
+    POOL_DRAIN,
     POOL_SYNC,
     POOL_ZERO,
     POOL_TRUNCATE,
@@ -164,6 +165,7 @@ struct pool_op {
     enum io_lock lock;
     struct io_stat *stat;
     struct look *look;
+    struct role_req *role;
     struct io_addr *addr;
     struct tide_error *err;
 };
@@ -181,6 +183,7 @@ ssize_t file_do_close(struct pool_op *op);
 ssize_t file_do_fstat(struct pool_op *op);
 ssize_t file_do_stat(struct pool_op *op);
 ssize_t file_do_rw(struct pool_op *op);
+ssize_t file_do_drain(struct pool_op *op);
 ssize_t file_do_sync(struct pool_op *op);
 ssize_t file_do_zero(struct pool_op *op);
 ssize_t file_do_truncate(struct pool_op *op);
@@ -221,6 +224,8 @@ struct inode {
     struct spin spin; /* guards the writer role */
     bool role_held;
     struct role_req *role_head, *role_tail;
+    bool slow_held; /* the same for a thread of the pool, while writes are slow */
+    struct role_req *slow_head, *slow_tail;
     _Atomic uint64_t slow_until; /* writes go to the pool until then */
     struct spin look_spin;       /* guards what follows */
     uint64_t data_off, data_end; /* data is there, at least until data_until */

@@ -8,7 +8,8 @@
  * each other. So each inode has a *writer role*: a loop that finds it free takes it, writes its own
  * request and then those that other loops queued meanwhile (DRAIN_REQUESTS or DRAIN_BYTES), then
  * hands it to the next in the queue. Nobody waits for a lock; who queued goes on with other work.
- * A write that took over SLOW_NS sends the inode's writes to the pool for SLOW_FOR_NS.
+ * A write that took over SLOW_NS sends the inode's writes to the pool for SLOW_FOR_NS, where one
+ * thread writes all that has queued up: a hand-over for each would cost more than the writing.
  *
  * File systems behind a network or another process (NFS, CIFS, 9p, FUSE) know no RWF_NOWAIT, and
  * any call to them may hang for as long as the other side likes: nothing of them is done on a loop.
@@ -739,6 +740,95 @@ static co_fn void role_do(struct inode *ino, struct role_req *q)
     role_drain(ino);
 }
 
+/* ------------------------------------------------------------------ slow writes */
+
+/* In the pool; waits for the disk. */
+static void write_all(struct role_req *q)
+{
+    while (q->done < q->total && !q->err) {
+        struct iovec tmp[N_IOV_TMP];
+        int k;
+        const struct iovec *rest = iov_after(q->iov, q->n, q->done, tmp, &k);
+        ssize_t r = pwritev2(q->file->fd, rest, k, q->off + q->done, 0);
+        if (r > 0)
+            q->done += r;
+        else if (r == 0 || errno != EINTR)
+            q->err = r == 0 ? -EIO : -errno;
+    }
+}
+
+/* The next in the queue; NULL: there is none, and the role is free. */
+static struct role_req *slow_pop(struct inode *ino)
+{
+    spin_lock(&ino->spin);
+    struct role_req *q = ino->slow_head;
+    if (q) {
+        ino->slow_head = q->next;
+        if (!ino->slow_head)
+            ino->slow_tail = NULL;
+    } else {
+        ino->slow_held = false;
+    }
+    spin_unlock(&ino->spin);
+    return q;
+}
+
+/* The request of the coroutine that waits for this operation, then those behind it. */
+ssize_t file_do_drain(struct pool_op *op)
+{
+    struct inode *ino = op->file->inode;
+    struct role_req *q = op->role;
+    size_t bytes = q->total;
+    write_all(q);
+    for (unsigned n = 0; (q = slow_pop(ino)); n++) {
+        struct co *co = q->co;
+        q->yours = n >= DRAIN_REQUESTS || bytes >= DRAIN_BYTES;
+        if (q->yours) {
+            co_wake(co);
+            break;
+        }
+        bytes += q->total;
+        write_all(q);
+        co_wake(co); /* `q` is gone */
+    }
+    return 0;
+}
+
+static co_fn void slow_do(struct real_file *f, struct role_req *q)
+{
+    struct inode *ino = f->inode;
+    spin_lock(&ino->spin);
+    bool queued = ino->slow_held;
+    ino->slow_held = true;
+    q->co = co_self();
+    q->next = NULL;
+    if (queued && ino->slow_tail)
+        ino->slow_tail->next = q;
+    else if (queued)
+        ino->slow_head = q;
+    if (queued)
+        ino->slow_tail = q;
+    spin_unlock(&ino->spin);
+    if (queued) {
+        co_yield();
+        if (!q->yours)
+            return;
+    }
+    struct pool_op op = file_op(f, POOL_DRAIN);
+    op.role = q;
+    pool_run(op.io->pool, &op);
+}
+
+static co_fn ssize_t write_slowly(struct real_file *f, struct role_req *q)
+{
+    struct real_loop *rl = loop_self()->engine;
+    q->yours = false;
+    rl->requests++;
+    slow_do(f, q);
+    rl->requests--;
+    return q->err ? q->err : (ssize_t)q->done;
+}
+
 /* ------------------------------------------------------------------ writes */
 
 /* What we write may fill a hole that this coroutine has seen. */
@@ -776,13 +866,15 @@ co_fn ssize_t real_pwritev(struct io_file *file, const struct iovec *iov, int n,
         return write_durable(f, iov, n, off);
     if (f->direct && !f->memory)
         return finish_rw(f, true, iov, n, off, 0, 0, wants_pool(f));
-    if (f->may_hang || is_slow(ino, real_now(file->io)))
+    if (f->may_hang)
         return finish_rw(f, true, iov, n, off, 0, 0, true);
     struct role_req q = {.file = f, .iov = iov, .n = n, .off = off, .total = total};
+    if (is_slow(ino, real_now(file->io)))
+        return write_slowly(f, &q);
     role_do(ino, &q);
     if (q.err)
         return q.err;
-    return q.refused ? finish_rw(f, true, iov, n, off, q.done, 0, true) : (ssize_t)q.done;
+    return q.refused ? write_slowly(f, &q) : (ssize_t)q.done;
 }
 
 /* ------------------------------------------------------------------ flush */
