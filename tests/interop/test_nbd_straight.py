@@ -25,9 +25,9 @@ def d():
         yield daemon
 
 
-def client(d, structured=False):
+def client(d, mode='simple'):
     c = Raw(d.nbd_path)
-    assert c.go('disk', structured=structured)[-1][0] == 1
+    assert c.go('disk', mode=mode)[-1][0] == 1
     return c
 
 
@@ -53,10 +53,10 @@ def test_it_is_what_is_tested(d):
     assert sends_files(d, client(d))
 
 
-@pytest.mark.parametrize('structured', [False, True])
-def test_any_range(d, structured):
+@pytest.mark.parametrize('mode', ['simple', 'structured', 'extended'])
+def test_any_range(d, mode):
     data, rng = content(d.path('disk.raw')), random.Random(1)
-    c = client(d, structured)
+    c = client(d, mode)
     for _ in range(60):
         length = rng.choice([64 * KiB, 64 * KiB + 1, 128 * KiB, MiB, 3 * MiB + 511, 32 * MiB])
         offset = rng.randrange(SIZE - length + 1)
