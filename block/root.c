@@ -43,7 +43,6 @@ struct root {
     struct co_queue parked;
     bool quiesced; /* closed and seen empty since */
     bool drained;  /* quiesce_begin() waits for it: nodes below make nobody wait */
-    bool hurried;  /* the same until its end, by root_hurry() */
     TAILQ_ENTRY(root) link;
     struct gate_count count[]; /* of each loop */
 };
@@ -135,7 +134,10 @@ static void root_drain(struct root *r, bool *why, bool begin)
 
 void root_hurry(struct root *r)
 {
-    root_drain(r, &r->hurried, true);
+    for (unsigned i = 0; i < r->n_nodes; i++)
+        drain_below(r->node[i], true);
+    for (unsigned i = 0; i < r->n_nodes; i++)
+        drain_below(r->node[i], false);
 }
 
 static long root_inside(struct root *r)
@@ -324,7 +326,7 @@ int node_check_watch(const struct node *n, struct tide_error *err)
 
 int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err)
 {
-    assert(r->n_nodes < ROOT_MAX_NODES && !r->drained && !r->hurried);
+    assert(r->n_nodes < ROOT_MAX_NODES && !r->drained);
     int res = check_perm(n, perm, r->what, err);
     if (res < 0)
         return res;
@@ -381,15 +383,15 @@ void root_free(struct root *r)
     if (!r)
         return;
     assert(root_inside(r) == 0);
-    if (r->graph->quiesce)
-        quiesce_forget_root(r->graph->quiesce, r);
-    root_drain(r, &r->drained, false);
-    root_drain(r, &r->hurried, false);
-    /* Giving up cannot be refused, but it takes a while: until it is done the node stays in use. */
+    /* Giving up cannot be refused, but it takes a while: until it is done the node stays in use,
+     * and a list may begin and quiesce this root like any other. */
     for (unsigned i = 0; i < r->n_nodes; i++) {
         r->perm[i] = 0;
         node_refresh_perm(r->node[i], &ignored);
     }
+    if (r->graph->quiesce)
+        quiesce_forget_root(r->graph->quiesce, r);
+    root_drain(r, &r->drained, false);
     for (unsigned i = 0; i < r->n_nodes; i++)
         r->node[i]->n_roots--;
     TAILQ_REMOVE(&r->graph->roots, r, link);

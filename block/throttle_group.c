@@ -240,10 +240,9 @@ static bool release(struct throttle_member *m, struct told *told, uint64_t now)
         struct throttle_request *rq, *next;
         for (rq = TAILQ_FIRST(&m->queue[side]); rq && n < ROUND_MAX; rq = next) {
             next = TAILQ_NEXT(rq, link);
-            if (rq->told)
-                continue; /* it is about to look, and sees that it may go */
             let_go(m->group, rq, now);
-            told_add(told, rq);
+            if (!rq->told) /* else it is about to look */
+                told_add(told, rq);
             n++;
         }
     }

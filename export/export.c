@@ -220,8 +220,9 @@ static bool export_shut(struct export *e)
 {
     assert(!e->dying);
     e->dying = true;
+    bool unused = nbd_export_shut(e->x->nbd, &e->nbd);
     root_hurry(e->nbd.root); /* what its clients left in a throttle's queue does not hold it up */
-    return nbd_export_shut(e->x->nbd, &e->nbd);
+    return unused;
 }
 
 static void end_all(struct exports *x)

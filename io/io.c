@@ -229,6 +229,11 @@ co_fn int io_recv_all(struct io_sock *s, void *buf, size_t len)
     return 0;
 }
 
+bool io_sock_gone(struct io_sock *s)
+{
+    return s->io->ops->gone(s);
+}
+
 void io_sock_shutdown(struct io_sock *s)
 {
     s->io->ops->shutdown(s);

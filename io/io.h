@@ -212,6 +212,9 @@ co_fn ssize_t io_send_file(struct io_sock *s, struct iovec head, struct io_file 
                            uint64_t len, uint64_t deadline);
 /* Until `len` bytes came (0), the stream ended (-ECONNRESET) or an error. */
 co_fn int io_recv_all(struct io_sock *s, void *buf, size_t len);
+/* Has the peer hung up, or the connection broken? What it sent before may still be unread. Never
+ * waits. Not a co_fn. */
+bool io_sock_gone(struct io_sock *s);
 /* Ends every receive, send and accept under way and to come with -ECANCELED, from any loop. Not a
  * co_fn. */
 void io_sock_shutdown(struct io_sock *s);

@@ -76,6 +76,7 @@ struct io_ops {
     int (*send)(struct io_sock *, const struct iovec *, int);
     ssize_t (*send_file)(struct io_sock *, struct iovec, struct io_file *, uint64_t, uint64_t,
                          uint64_t);
+    bool (*gone)(struct io_sock *);
     void (*shutdown)(struct io_sock *);
     void (*sock_close)(struct io_sock *);
     void (*peer)(struct io_sock *, char *, size_t);

@@ -312,6 +312,7 @@ static const struct io_ops real_ops_table = {
     .recv = real_recv,
     .send = real_send,
     .send_file = real_send_file,
+    .gone = real_gone,
     .shutdown = real_shutdown,
     .sock_close = real_sock_close,
     .peer = real_peer,

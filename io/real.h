@@ -201,17 +201,19 @@ ssize_t sock_do_connect(struct pool_op *op);
 struct role_req;
 
 /* One for all open files of a file system, or of a block device. */
+struct disk_wait;
 struct disk {
-    uint64_t dev;
+    uint64_t dev; /* of the whole device, not of a partition */
     bool block;
     unsigned refs; /* inodes */
     struct disk *next;
     struct pool_share share; /* where it may hang */
     /* Requests that may be with the disk at a time; 0: any number. */
     unsigned max_out;
+    unsigned max_bytes;     /* that the kernel puts into one of them; 0: any number */
     _Atomic unsigned n_out; /* changes under `spin` */
     struct spin spin;
-    struct co_queue waiting;
+    struct disk_wait *first, *last; /* first come, first served */
 };
 
 /* One for all open files of an inode: who may write, where data was seen, its share of the pool. */
@@ -243,6 +245,7 @@ struct real_file {
     struct io_file file; /* first */
     int fd;
     bool direct, block, memory;
+    bool may_ask;  /* the kernel says what of it is cached */
     bool may_hang; /* behind a network or another process: no write on a loop */
     uint32_t align;
     struct inode *inode;
@@ -324,6 +327,7 @@ ssize_t real_recv(struct io_sock *, void *, size_t, bool now);
 int real_send(struct io_sock *, const struct iovec *, int);
 ssize_t real_send_file(struct io_sock *, struct iovec, struct io_file *, uint64_t, uint64_t,
                        uint64_t);
+bool real_gone(struct io_sock *);
 void real_shutdown(struct io_sock *);
 void real_sock_close(struct io_sock *);
 void real_peer(struct io_sock *, char *, size_t);

@@ -33,6 +33,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
@@ -99,33 +100,51 @@ static uint64_t inode_hash(uint64_t dev, uint64_t ino)
     return ((ino ^ dev << 7) * 0x9e3779b97f4a7c15u) >> 58; /* 6 bits */
 }
 
-/* How many requests a device queues, or 0: it has no queue (device mapper), or is none of its own
- * (btrfs), or not of this machine. */
-static unsigned queue_depth(uint64_t dev)
+static bool read_queue(uint64_t dev, const char *what, unsigned *n)
 {
-    static const char *const up[] = {"", "/.."}; /* a device, a partition of one */
     char path[80];
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "/sys/dev/block/%u:%u%s/mq", major(dev), minor(dev), up[i]);
-        if (access(path, F_OK) < 0)
-            continue;
-        snprintf(path, sizeof path, "/sys/dev/block/%u:%u%s/queue/nr_requests", major(dev),
-                 minor(dev), up[i]);
-        FILE *f = fopen(path, "re");
-        unsigned n = 0;
-        if (f && fscanf(f, "%u", &n) != 1)
-            n = 0;
-        if (f)
-            fclose(f);
-        return n;
-    }
-    return 0;
+    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/queue/%s", major(dev), minor(dev), what);
+    FILE *f = fopen(path, "re");
+    bool ok = f && fscanf(f, "%u", n) == 1;
+    if (f)
+        fclose(f);
+    return ok;
+}
+
+/* A partition shares its queue with the whole device. */
+static uint64_t whole_device(uint64_t dev)
+{
+    char path[80];
+    unsigned hi, lo;
+    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/partition", major(dev), minor(dev));
+    if (access(path, F_OK) < 0)
+        return dev;
+    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/../dev", major(dev), minor(dev));
+    FILE *f = fopen(path, "re");
+    bool ok = f && fscanf(f, "%u:%u", &hi, &lo) == 2;
+    if (f)
+        fclose(f);
+    return ok ? makedev(hi, lo) : dev;
+}
+
+/* Only a device with queues of its own makes anybody wait for a place in them: not one without
+ * (device mapper), one that is none (btrfs) or is not of this machine. */
+static void read_limits(struct disk *d)
+{
+    char path[80];
+    unsigned depth, kib;
+    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/mq", major(d->dev), minor(d->dev));
+    if (access(path, F_OK) == 0 && read_queue(d->dev, "nr_requests", &depth))
+        d->max_out = (depth + 1) / 2;
+    if (d->max_out && read_queue(d->dev, "max_sectors_kb", &kib))
+        d->max_bytes = MIN(kib, 1u << 20) * 1024u;
 }
 
 /* Mutex held. NULL: no memory. */
 static struct disk *disk_get(struct real_io *io, uint64_t dev, bool block, bool may_hang)
 {
     struct disk *d = io->disks;
+    dev = may_hang ? dev : whole_device(dev);
     while (d && (d->dev != dev || d->block != block))
         d = d->next;
     if (!d && (d = mem_zalloc(sizeof *d))) {
@@ -133,7 +152,8 @@ static struct disk *disk_get(struct real_io *io, uint64_t dev, bool block, bool 
         d->dev = dev;
         d->block = block;
         d->share = (struct pool_share){.level = SHARE_MOUNT, .up = &io->mounts_share};
-        d->max_out = may_hang ? 0 : (queue_depth(dev) + 1) / 2;
+        if (!may_hang)
+            read_limits(d);
         d->next = io->disks;
         io->disks = d;
     }
@@ -268,6 +288,8 @@ ssize_t file_do_open(struct pool_op *op)
         return -errno;
     f->block = S_ISBLK(st.st_mode);
     f->direct = op->flags & O_DIRECT;
+    /* To others the kernel does not tell what is cached, or says "all". */
+    f->may_ask = (op->flags & O_ACCMODE) == O_RDWR || geteuid() == 0 || geteuid() == st.st_uid;
     f->align = f->direct ? direct_align(f->fd, f->block) : 1;
     /* A device node may lie in tmpfs; its data do not. */
     f->memory = S_ISREG(st.st_mode) && lives_in_memory(f->fd);
@@ -411,26 +433,48 @@ ssize_t file_do_sync(struct pool_op *op)
 /* When the queue of a disk is full, the kernel lets the thread wait that brings it one more
  * request, by io_uring too: as long as a disk hangs. So no more than half of what it takes is
  * brought to it at a time (the rest is for read-ahead and others); what is beyond waits here, in
- * order. */
-static co_fn void disk_enter(struct disk *d)
+ * order. A long request is several of the kernel's. */
+struct disk_wait {
+    struct co *co;
+    unsigned places;
+    struct disk_wait *next;
+};
+
+static unsigned places_of(const struct disk *d, size_t bytes)
 {
-    if (!d->max_out)
-        return;
-    spin_lock(&d->spin);
-    if (d->n_out < d->max_out)
-        d->n_out++;
-    else
-        co_queue_wait(&d->waiting, &d->spin); /* then it is our place that was left */
-    spin_unlock(&d->spin);
+    size_t n = d->max_bytes ? bytes / d->max_bytes + 1 : 1;
+    return (unsigned)MIN(n, (size_t)d->max_out);
 }
 
-static void disk_leave(struct disk *d)
+static co_fn void disk_enter(struct disk *d, unsigned places)
 {
     if (!d->max_out)
         return;
     spin_lock(&d->spin);
-    if (!co_queue_wake_one(&d->waiting))
-        d->n_out--;
+    if (!d->first && d->n_out + places <= d->max_out) {
+        d->n_out += places;
+        spin_unlock(&d->spin);
+        return;
+    }
+    struct disk_wait me = {.co = co_self(), .places = places};
+    *(d->first ? &d->last->next : &d->first) = &me;
+    d->last = &me;
+    spin_unlock(&d->spin);
+    co_yield(); /* whoever wakes us has taken the places for us */
+}
+
+static void disk_leave(struct disk *d, unsigned places)
+{
+    if (!d->max_out)
+        return;
+    spin_lock(&d->spin);
+    d->n_out -= places;
+    while (d->first && d->n_out + d->first->places <= d->max_out) {
+        struct disk_wait *w = d->first;
+        d->n_out += w->places;
+        d->first = w->next;
+        co_wake(w->co); /* `w` is gone */
+    }
     spin_unlock(&d->spin);
 }
 
@@ -451,7 +495,8 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
         int k;
         const struct iovec *rest = iov_after(iov, n, done, tmp, &k);
         ssize_t r;
-        disk_enter(f->inode->disk);
+        unsigned places = places_of(f->inode->disk, total - done);
+        disk_enter(f->inode->disk, places);
         rl->requests++;
         if (in_pool) {
             struct pool_op op = file_op(f, POOL_RW);
@@ -466,7 +511,7 @@ static co_fn ssize_t finish_rw(struct real_file *f, bool write, const struct iov
             r = file_io(f)->be->rw(f, write, rest, k, off + done, rwf);
         }
         rl->requests--;
-        disk_leave(f->inode->disk);
+        disk_leave(f->inode->disk, places);
         if (r == -EINTR || r == -EAGAIN)
             continue;
         if (r < 0)
@@ -580,7 +625,7 @@ co_fn ssize_t real_preadv(struct io_file *file, const struct iovec *iov, int n, 
 #ifndef SYS_cachestat
 #define SYS_cachestat 451
 #endif
-#define PROBE_EVERY (64u << 10)
+#define CACHED_MAX_PAGES 2048u /* asked for at once */
 
 /* How many pages of the range the page cache has; -errno: the kernel does not tell, or not us. */
 static int64_t count_cached(int fd, uint64_t off, uint64_t len)
@@ -594,30 +639,32 @@ static int64_t count_cached(int fd, uint64_t off, uint64_t len)
     return syscall(SYS_cachestat, fd, &range, &stat, 0) < 0 ? -errno : (int64_t)stat.cached;
 }
 
-/* Pages that are in the cache may still be on their way from the disk: reading a byte here and
- * there shows it, for a disk fills them in order. */
-static bool is_filled(struct real_file *f, uint64_t off, uint64_t len)
+/* Pages that are in the cache may still be on their way from the disk. mincore(2) knows; it asks
+ * for a mapping, which nobody ever touches. */
+static bool is_filled(struct real_file *f, uint64_t off, uint64_t end, unsigned pages)
 {
-    for (uint64_t at = off; at < off + len; at = round_down(at, PROBE_EVERY) + PROBE_EVERY) {
-        char byte;
-        struct iovec iov = {&byte, 1};
-        size_t done = 0;
-        int err = 0;
-        if (!read_now(f, &iov, 1, at, 1, 1, &done, &err) || done != 1)
-            return false;
-    }
-    return true;
+    unsigned char in_core[CACHED_MAX_PAGES];
+    void *map = mmap(NULL, end - off, PROT_READ, MAP_SHARED, f->fd, (off_t)off);
+    if (map == MAP_FAILED)
+        return false;
+    bool filled = mincore(map, end - off, in_core) == 0;
+    munmap(map, end - off);
+    for (unsigned i = 0; i < pages && filled; i++)
+        filled = in_core[i] & 1;
+    return filled;
 }
 
 bool real_is_cached(struct real_file *f, uint64_t off, uint64_t len)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    if ((f->direct && !f->memory) || f->block || wants_pool(f))
+    uint64_t start = round_down(off, page), end = round_up(off + len, page);
+    uint64_t pages = (end - start) / page;
+    if ((f->direct && !f->memory) || f->block || wants_pool(f) || pages > CACHED_MAX_PAGES)
         return false;
-    if (f->memory)
-        return true;
-    uint64_t pages = (round_up(off + len, page) - round_down(off, page)) / page;
-    return count_cached(f->fd, off, len) == (int64_t)pages && is_filled(f, off, len);
+    int64_t cached = f->may_ask ? count_cached(f->fd, start, end - start) : -EPERM;
+    if (f->memory) /* a kernel without that call is too old for what this is for, too */
+        return cached >= 0;
+    return cached == (int64_t)pages && is_filled(f, start, end, (unsigned)pages);
 }
 
 /* ------------------------------------------------------------------ the writer role */
@@ -773,16 +820,19 @@ static struct role_req *slow_pop(struct inode *ino)
     return q;
 }
 
-/* The request of the coroutine that waits for this operation, then those behind it. */
+/* The request of the coroutine that waits for this operation, then those behind it, for a short
+ * while: that one waits until we are through. */
 ssize_t file_do_drain(struct pool_op *op)
 {
     struct inode *ino = op->file->inode;
     struct role_req *q = op->role;
     size_t bytes = q->total;
+    uint64_t begin = real_now(q->file->file.io);
     write_all(q);
     for (unsigned n = 0; (q = slow_pop(ino)); n++) {
         struct co *co = q->co;
-        q->yours = n >= DRAIN_REQUESTS || bytes >= DRAIN_BYTES;
+        q->yours = n >= DRAIN_REQUESTS || bytes >= DRAIN_BYTES ||
+                   real_now(q->file->file.io) - begin > SLOW_NS;
         if (q->yours) {
             co_wake(co);
             break;

@@ -16,6 +16,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
@@ -318,6 +319,7 @@ co_fn ssize_t real_send_file(struct io_sock *sock, struct iovec head, struct io_
     struct real_sock *s = sock_of(sock);
     struct real_file *f = (struct real_file *)file;
     uint64_t done = 0, total = head.iov_len + len, end = 0; /* of the piece, from `off` on */
+    bool looked = false;
     if (!s->own || off > INT64_MAX || len > INT64_MAX - off)
         return -EOPNOTSUPP;
     while (done < total) {
@@ -326,15 +328,19 @@ co_fn ssize_t real_send_file(struct io_sock *sock, struct iovec head, struct io_
             if (done > head.iov_len)
                 loop_pause();
             end += MIN(len - end, SEND_PIECE);
-            if (!real_is_cached(f, off + d, end - d))
-                return done ? (ssize_t)done : -EOPNOTSUPP;
+            looked = false;
         }
+        if (!looked && !real_is_cached(f, off + d, end - d))
+            return done ? (ssize_t)done : -EOPNOTSUPP;
+        looked = true;
         if (atomic_load(&s->shut))
             return -ECANCELED;
         ssize_t r =
             done < head.iov_len ? send_head(s, head, done) : sendfile_once(s, f, off + d, end - d);
-        if (r == -EAGAIN)
+        if (r == -EAGAIN) {
             r = wait_ready_until(s, SOCK_WR, deadline);
+            looked = false; /* it was a while ago */
+        }
         if (r == -ETIME || (r == -EOPNOTSUPP && done))
             break;
         if (r < 0)
@@ -342,6 +348,13 @@ co_fn ssize_t real_send_file(struct io_sock *sock, struct iovec head, struct io_
         done += r;
     }
     return (ssize_t)done;
+}
+
+bool real_gone(struct io_sock *sock)
+{
+    struct real_sock *s = sock_of(sock);
+    struct pollfd p = {.fd = s->fd[SOCK_RD], .events = POLLRDHUP};
+    return poll(&p, 1, 0) == 1 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL));
 }
 
 co_fn int real_accept(struct io_sock *sock, struct io_sock **out)

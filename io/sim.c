@@ -479,6 +479,7 @@ static const struct io_ops sim_ops = {
     .recv = sim_recv,
     .send = sim_send,
     .send_file = sim_send_file,
+    .gone = sim_gone,
     .shutdown = sim_shutdown,
     .sock_close = sim_sock_close,
     .peer = sim_peer,

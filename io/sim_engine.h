@@ -88,6 +88,7 @@ int sim_from_fds(struct io *io, int rfd, int wfd, struct io_sock **out);
 int sim_accept(struct io_sock *listener, struct io_sock **out);
 ssize_t sim_recv(struct io_sock *s, void *buf, size_t len, bool now);
 int sim_send(struct io_sock *s, const struct iovec *iov, int n);
+bool sim_gone(struct io_sock *s);
 ssize_t sim_send_file(struct io_sock *s, struct iovec head, struct io_file *f, uint64_t off,
                       uint64_t len, uint64_t deadline);
 void sim_shutdown(struct io_sock *s);

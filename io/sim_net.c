@@ -528,6 +528,12 @@ int sim_send(struct io_sock *sock, const struct iovec *iov, int n)
     return (int)sim_op_run(sim_of(k), &o.op);
 }
 
+bool sim_gone(struct io_sock *sock)
+{
+    const struct sim_sock *k = (const struct sim_sock *)sock;
+    return k->conn && (k->conn->reset[k->end] || k->conn->pipe[k->end].writer_gone);
+}
+
 /* The engine may say no at any time, and what it does is what a read and a send would do, as far as
  * the pipe has room. */
 ssize_t sim_send_file(struct io_sock *sock, struct iovec head, struct io_file *f, uint64_t off,

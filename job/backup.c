@@ -18,6 +18,10 @@
 #include "block/tracker.h"
 #include "job/backup_int.h"
 
+/* Of a job that is to end; not for ever, for others of the throttle go on with each. */
+#define HURRIES 20u
+#define HURRY_EVERY_NS 50000000u
+
 /* ------------------------------------------------------------------ making one */
 
 static int check_nodes(const struct backup_options *o, struct tide_error *err)
@@ -69,7 +73,7 @@ static int make_work(struct backup *b)
     if (r == 0)
         r = bitmap_clone(b->todo, &b->undone);
     if (r == 0 && b->opts.sync != BACKUP_BITMAP)
-        r = bitmap_new(b->size, shift, &b->holes);
+        r = bitmap_clone(b->todo, &b->maybe_data);
     return r;
 }
 
@@ -115,11 +119,11 @@ static void free_parts(struct backup *b)
     mem_free(b->worker);
     graph_bitmap_free_later(b->graph, b->todo);
     graph_bitmap_free_later(b->graph, b->undone);
-    graph_bitmap_free_later(b->graph, b->holes);
+    graph_bitmap_free_later(b->graph, b->maybe_data);
     root_free(b->unit_root);
     root_free(b->spill_root);
     b->worker = NULL;
-    b->todo = b->undone = b->holes = NULL;
+    b->todo = b->undone = b->maybe_data = NULL;
     b->unit_root = b->spill_root = NULL;
 }
 
@@ -230,9 +234,13 @@ static void hurry(struct backup *b)
 
 static void wait_for_workers(struct backup *b)
 {
+    unsigned n_hurries = 0;
     while (atomic_load(&b->n_running)) {
-        io_event_wait(&b->job.kick, IO_FOREVER);
-        if (atomic_load(&b->failed))
+        /* A request that was on its way into a throttle when the others were let go waits there. */
+        bool again = backup_stopping(b) && n_hurries < HURRIES;
+        uint64_t until = again ? io_now(graph_io(b->graph)) + HURRY_EVERY_NS : IO_FOREVER;
+        io_event_wait(&b->job.kick, until);
+        if (backup_stopping(b) && n_hurries++ < HURRIES)
             hurry(b);
         unsigned parked = atomic_load(&b->n_parked), running = atomic_load(&b->n_running);
         bool still = job_wants_pause(&b->job) && parked + 1 >= running;
@@ -256,11 +264,11 @@ static struct loop *pick_loop(struct backup *b)
 static int start_workers(struct backup *b)
 {
     struct loop *l = pick_loop(b);
-    atomic_store(&b->n_running, b->n_workers + 1 + (b->holes != NULL));
+    atomic_store(&b->n_running, b->n_workers + 1 + (b->maybe_data != NULL));
     int r = loop_spawn(l, backup_spiller, backup_spiller_of(b));
     if (r < 0)
         return r;
-    if (b->holes && loop_spawn(l, backup_scout, &b->worker[b->n_workers + 1]) < 0)
+    if (b->maybe_data && loop_spawn(l, backup_scout, &b->worker[b->n_workers + 1]) < 0)
         atomic_fetch_sub(&b->n_running, 1); /* holes are read then */
     for (unsigned i = 0; i < b->n_workers; i++) {
         r = loop_spawn(l, backup_worker, &b->worker[i]);
@@ -304,9 +312,12 @@ static co_fn int backup_run(struct job *j)
             bitmap_mark(b->undone, 0, UINT64_MAX, graph_retired(b->graph));
         r = r < 0 ? r : flushed;
     }
-    if (b->n_waits)
+    spin_lock(&b->lock);
+    uint64_t n_waits = b->n_waits;
+    spin_unlock(&b->lock);
+    if (n_waits)
         log_info("backup", "job '%s': %llu guest writes waited for memory", j->id,
-                 (unsigned long long)b->n_waits);
+                 (unsigned long long)n_waits);
     return r;
 }
 

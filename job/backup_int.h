@@ -66,10 +66,11 @@ struct backup {
     bool hooked;
     uint64_t size, granule, chunk;
     struct bitmap *todo, *undone;
-    /* Granules that read as zero, as far as they are still in `todo`: whoever writes to one takes
-     * it out first, so what the scout has seen once stays true of the others. NULL: nobody looks.
-     */
-    struct bitmap *holes;
+    /* All granules but those that are known to read as zero, as far as they are still in `todo`:
+     * whoever writes to one takes it out first, so what the scout has seen once stays true of the
+     * others. This way round, for without memory a bitmap says more than it was told. NULL: nobody
+     * looks. */
+    struct bitmap *maybe_data;
     _Atomic bool target_is_zero; /* blank: nothing was written there before the job */
     _Atomic bool no_offload;
 

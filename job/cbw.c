@@ -175,7 +175,7 @@ static co_fn void save_granule(struct backup *b, uint64_t off, uint64_t end, uin
     if (!mine_to_do)
         return;
     /* The claim keeps others away, so the bit may be cleared outside the lock. */
-    bool hole = !c && b->target_is_zero && b->holes && bitmap_test(b->holes, off);
+    bool hole = !c && b->target_is_zero && b->maybe_data && !bitmap_test(b->maybe_data, off);
     if (!c && bitmap_unmark(b->todo, off, end - off, graph_retired(b->graph)) < 0)
         backup_break(b, -ENOMEM, "taking a block for a guest write");
     else if (hole)

@@ -62,6 +62,7 @@ static co_fn void io_failed(struct worker *w, bool read, int error)
         int none = 0;
         atomic_compare_exchange_strong(&b->failure, &none, error);
         atomic_store(&b->failed, true);
+        backup_wake_starving(b);
         backup_kick_all(b);
         backup_kick_main(b);
     } else if (c.action == JOB_ERROR_IGNORE) {
@@ -362,13 +363,13 @@ void backup_worker(void *arg)
 
 /* ------------------------------------------------------------------ the scout */
 
-/* Marks the whole granules of [off, end). */
+/* Takes the whole granules of [off, end) out. */
 static void note_holes(struct backup *b, uint64_t off, uint64_t end)
 {
     uint64_t from = round_up(off, b->granule);
     uint64_t to = end == b->size ? end : round_down(end, b->granule);
-    if (from < to)
-        bitmap_mark(b->holes, from, to - from, graph_retired(b->graph));
+    if (from < to && bitmap_unmark(b->maybe_data, from, to - from, graph_retired(b->graph)) < 0)
+        log_debug("backup", "no memory to note a hole: it is read as data");
 }
 
 /* Looks where the source has holes, ahead of the workers: a guest write that is the first to a hole

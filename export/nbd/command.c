@@ -267,6 +267,8 @@ static int between_pieces(struct nbd_task *t, struct node **n)
     loop_pause();
     nbd_task_yield_gate(t);
     *n = root_node(x->root);
+    /* The reader may have its hands full and not see that nobody is there any more. */
+    x->left |= !x->goodbye && io_sock_gone(x->conn->sock);
     return nbd_is_cut(x) ? -ESHUTDOWN : 0;
 }
 

@@ -234,7 +234,8 @@ static unsigned gather(struct nbd_session *s, struct nbd_task **batch)
 
 static void break_off(struct nbd_session *s)
 {
-    s->broken = s->x.left = true;
+    s->broken = true;
+    s->x.left |= !s->x.goodbye;
     io_sock_shutdown(s->sock);
 }
 
@@ -307,22 +308,23 @@ static void turn_plain(struct nbd_session *s)
         co_wake(l->co);
 }
 
-/* The holder has sent from a file and is done: the next in line, if no plain reply waits. */
-static co_fn void pass_wire(struct nbd_session *s)
+/* The holder has sent from a file and is done: the next in line, if no plain reply waits. False:
+ * there is no memory for somebody who sends the plain ones, so the holder has to, when it has left
+ * the gate. */
+static bool pass_wire(struct nbd_session *s)
 {
     struct in_line *next = s->out || s->broken ? NULL : line_pop(s);
     if (next) {
         next->granted = true;
         co_wake(next->co);
-        return;
+        return true;
     }
     turn_plain(s);
-    if (s->in_batch || !s->out) {
-        s->sending = false; /* a batch is sent when it ends */
-        wake_reader(s);
-    } else if (loop_run_now(sender, s) < 0) {
-        send_all(s);
-    }
+    if (!s->in_batch && s->out)
+        return loop_run_now(sender, s) == 0;
+    s->sending = false; /* a batch is sent when it ends */
+    wake_reader(s);
+    return true;
 }
 
 uint64_t nbd_task_send_file(struct nbd_task *t, struct io_file *f, uint64_t off)
@@ -347,9 +349,7 @@ uint64_t nbd_task_send_file(struct nbd_task *t, struct io_file *f, uint64_t off)
         break_off(s);
         t->sent = head + len;
     }
-    t->on_wire = t->sent > 0;
-    if (!t->on_wire)
-        pass_wire(s);
+    t->on_wire = t->sent > 0 || !pass_wire(s);
     return t->sent;
 }
 
@@ -447,7 +447,8 @@ static void task_main(void *task)
     bool on_wire = t->on_wire, rest = t->n_iov > 0;
     task_done(t);
     if (on_wire && !rest) {
-        pass_wire(s);
+        if (!pass_wire(s))
+            send_all(s);
         return;
     }
     if (on_wire) {
@@ -469,8 +470,11 @@ static void begin_batch(struct nbd_session *s)
     if (s->in_batch && !root_is_shut(s->x.root))
         return;
     end_batch(s);
-    while (s->n_inside > 0 && root_is_shut(s->x.root))
-        park(s);
+    /* Not by our own count: whoever waits for our requests may give up and open the gate again. */
+    while (s->n_inside > 0 && root_is_shut(s->x.root)) {
+        root_enter(s->x.root);
+        root_leave(s->x.root);
+    }
     if (s->n_inside == 0)
         root_enter(s->x.root);
     s->n_inside++;
@@ -662,13 +666,15 @@ static void serve_requests(struct nbd_session *s)
     struct nbd_task *t;
     int r = 0;
     /* Once a reply could not be sent, nobody waits for the requests that are here already. */
-    while (!s->broken && (r = next_request(s, &t)) == 0) {
+    while (!s->broken && !nbd_is_cut(&s->x) && (r = next_request(s, &t)) == 0) {
         /* Data that we refuse to take cannot be told from the next request. */
         bool last = t->rq.payload > NBD_MAX_PAYLOAD;
         uint64_t bytes = nbd_request_bytes(&t->rq);
         task_start(t);
-        if (last)
+        if (last) {
+            r = -EPROTO;
             break;
+        }
         count_turn(s, bytes);
     }
     s->x.left |= r < 0;

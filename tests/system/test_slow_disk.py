@@ -4,6 +4,7 @@
 All connections are on one loop, so whatever blocks it holds up the other disk's client, too. The disk
 goes on by itself after a while, so that what hangs is a figure and a failure, not a test for ever.
 """
+import ctypes
 import os
 import threading
 import time
@@ -271,4 +272,61 @@ def test_a_local_file_system_whose_device_hangs(tmp_path, direct):
                     h.poll(1000)
                 h.shutdown()
             assert done == [0] * 256
+            fast.shutdown()
+
+
+CACHESTAT = 451
+
+
+def pages_cached(path, offset, length):
+    """None: this kernel does not tell."""
+    answer = (ctypes.c_uint64 * 5)()
+    with open(path, 'rb') as f:
+        r = ctypes.CDLL(None).syscall(CACHESTAT, f.fileno(), (ctypes.c_uint64 * 2)(offset, length), answer, 0)
+    return answer[0] if r == 0 else None
+
+
+@pytest.mark.parametrize('at', [0, 4096, 60 * KiB])
+def test_a_page_that_is_on_its_way_for_ever(tmp_path, at):
+    """A long read over a page that another read waits for: the cache has the page, but not its data."""
+    mount = str(tmp_path / 'mount')
+    os.mkdir(mount)
+    with Stalled(str(tmp_path), size=32 * MiB) as disk, loop_device(disk.path) as device:
+        need_root('mkfs.ext4', 'mount')
+        assert run('mkfs.ext4', '-q', device).returncode == 0
+        with mounted('ext4', device, mount), Daemon(['--loops', '1']) as d:
+            path, missing = os.path.join(mount, 'disk'), 256 * KiB + at
+            with open(path, 'w+b') as f:
+                f.write(bytes(range(1, 129)) * (16 * MiB // 128))
+                f.flush()
+                os.fsync(f.fileno())
+                run('sync')
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for page in range(0, MiB, 4096):
+                    if page != missing:
+                        os.pread(f.fileno(), 4096, page)
+            with open(disk.path, 'r+b') as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if pages_cached(path, 0, 512 * KiB) != 127:
+                pytest.skip('the page cache of this kernel does as it likes')
+            d.cmd('blockdev-add', {'driver': 'file', 'node-name': 'slow', 'filename': path})
+            d.export('slow')
+            d.add_file('fast', 16 * MiB, discard='unmap')
+            d.export('fast')
+            fast, a, b, done = connect(d, 'fast'), connect(d, 'slow'), connect(d, 'slow'), []
+            with Hanging(disk):
+                a.aio_pread(nbd.Buffer(4096), missing, completion=lambda e: done.append(e.value) or 1)
+                push_out(a)
+                until('the page is on its way', lambda: pages_cached(path, 0, 512 * KiB) == 128)
+                b.aio_pread(nbd.Buffer(512 * KiB), 0, completion=lambda e: done.append(e.value) or 1)
+                push_out(b)
+                assert worst_latency(fast) < BOUND
+                assert not done
+            for h in (a, b):
+                while h.aio_in_flight():
+                    h.poll(1000)
+                h.shutdown()
+            assert done == [0, 0]
             fast.shutdown()
