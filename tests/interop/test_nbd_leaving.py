@@ -3,10 +3,11 @@
 import os
 import resource
 import threading
+import time
 
 import pytest
 
-from backup_tools import content, fill, until
+from backup_tools import backup_args, content, fill, until
 from harness import DEADLINE, Daemon, GiB, KiB, MiB, QmpError
 from nbd_raw import CACHE, READ, STATUS, WRITE, ZERO, Raw, ext_request
 
@@ -118,4 +119,25 @@ def test_a_moment_without_memory_holds_up_no_list():
                 resource.prlimit(d.proc.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
             d.cmd('transaction', actions=[{'type': kind, 'data': {'node': 'disk', 'name': 'b'}} for kind in
                                           ('block-dirty-bitmap-add', 'block-dirty-bitmap-remove')])
+            c.close()
+
+
+def test_a_hard_end_beside_a_backup_of_the_same_node():
+    """The export gives up its permissions, which takes a while, when the list comes."""
+    with Daemon(['--loops', '2']) as d:
+        d.add_disk('src', 4 * MiB)
+        d.add_disk('dst', 4 * MiB)
+        for i in range(40):
+            d.export('src', f's{i}')
+            c = Raw(d.nbd_path)
+            c.go(f's{i}')
+            c.request(READ, 0, 512)
+            d.qmp.send({'execute': 'block-export-del', 'arguments': {'id': f'exp-s{i}', 'mode': 'hard'}})
+            until_later = time.monotonic() + i % 40 * 5e-5
+            while time.monotonic() < until_later:
+                pass  # the moment is what is varied
+            d.qmp.send({'execute': 'blockdev-backup', 'arguments': backup_args('src', 'dst', 'full', job_id='j')})
+            assert 'return' in d.qmp.reply() and 'return' in d.qmp.reply()
+            d.qmp.job_end('j')
+            d.qmp.event('BLOCK_EXPORT_DELETED', id=f'exp-s{i}')
             c.close()
