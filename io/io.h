@@ -62,6 +62,12 @@ static inline bool loop_is_control(void)
 {
     return loop_self() && loop_index(loop_self()) == 0;
 }
+/* Connections and jobs settle on a loop for as long as they live; this picks, for one more, a data
+ * loop (any but 0, if there are others) on which the fewest have settled, and counts it.
+ * loop_settle() is for who has no choice. Each is left once. Any thread. Not co_fn. */
+struct loop *io_settle(struct io *io);
+void loop_settle(struct loop *l);
+void loop_unsettle(struct loop *l);
 /* The top of the loop's current turn is this many turns after its start; grows by one a turn. */
 uint64_t loop_turn_number(struct loop *l);
 

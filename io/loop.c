@@ -34,6 +34,28 @@ unsigned io_n_loops(struct io *io)
     return io->n_loops;
 }
 
+/* Two that settle at once may pick the same: no harm. */
+struct loop *io_settle(struct io *io)
+{
+    struct loop *best = io->loops[io->n_loops > 1];
+    for (unsigned i = 2; i < io->n_loops; i++) {
+        if (atomic_load(&io->loops[i]->n_settled) < atomic_load(&best->n_settled))
+            best = io->loops[i];
+    }
+    loop_settle(best);
+    return best;
+}
+
+void loop_settle(struct loop *l)
+{
+    atomic_fetch_add(&l->n_settled, 1);
+}
+
+void loop_unsettle(struct loop *l)
+{
+    atomic_fetch_sub(&l->n_settled, 1);
+}
+
 struct loop *io_loop(struct io *io, unsigned i)
 {
     assert(i < io->n_loops);

@@ -31,7 +31,8 @@ struct loop {
     unsigned n_timers;
     uint64_t timer_order;
     _Atomic uint64_t turn;
-    uint64_t n_started;    /* coroutines made, own thread */
+    uint64_t n_started; /* coroutines made, own thread */
+    _Atomic unsigned n_settled;
     _Atomic bool sleeping; /* about to wait: a sender must kick */
     _Atomic bool stopping;
     void *engine; /* engine's state of this loop */

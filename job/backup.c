@@ -248,22 +248,11 @@ static void wait_for_workers(struct backup *b)
     }
 }
 
-static struct loop *pick_loop(struct backup *b)
-{
-    struct io *io = graph_io(b->graph);
-    unsigned n = io_n_loops(io);
-    unsigned sum = 0;
-    for (const char *p = b->job.id; *p; p++)
-        sum = sum * 31 + (unsigned char)*p;
-    return io_loop(io, n > 1 ? 1 + sum % (n - 1) : 0);
-}
-
 /* n_running counts all of them before the first one starts: a spiller that runs ahead on its loop
  * and sees no worker would take the work for done, and what guest writes keep would never be
  * written. */
-static int start_workers(struct backup *b)
+static int start_workers(struct backup *b, struct loop *l)
 {
-    struct loop *l = pick_loop(b);
     atomic_store(&b->n_running, b->n_workers + 1 + (b->maybe_data != NULL));
     int r = loop_spawn(l, backup_spiller, backup_spiller_of(b));
     if (r < 0)
@@ -297,10 +286,13 @@ static co_fn int backup_run(struct job *j)
     root_open(b->spill_root);
     root_open(b->unit_root);
     look_at_target(b);
-    int r = start_workers(b);
+    struct loop *l = io_settle(graph_io(b->graph));
+    int r = start_workers(b, l);
+    if (r == 0)
+        wait_for_workers(b);
+    loop_unsettle(l);
     if (r < 0)
         return r;
-    wait_for_workers(b);
     r = atomic_load(&b->failure);
     if (r == 0 && job_cancelled(j))
         r = -ECANCELED;

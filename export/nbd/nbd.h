@@ -74,7 +74,6 @@ struct nbd_server {
     struct io_sock *listener;
     unsigned max_connections; /* 0: no limit */
     unsigned n_conns;
-    unsigned next_loop;
     unsigned n_running; /* coroutines that are not connections: acceptor, watchdog */
     uint64_t warn_at;   /* a client that cannot be taken is worth a line again */
     bool held;          /* clients wait in the backlog until nbd_server_release() */

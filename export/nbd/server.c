@@ -56,14 +56,24 @@ bool nbd_export_shut(struct nbd_server *srv, struct nbd_export *e)
 
 /* ------------------------------------------------------------------ connections */
 
+/* The caller has to leave it. */
 static struct loop *loop_for(struct nbd_server *srv, struct nbd_export *e)
 {
-    unsigned n = io_n_loops(srv->io);
-    if (e->loop)
-        return e->loop;
-    if (n == 1)
-        return io_loop(srv->io, 0);
-    return io_loop(srv->io, 1 + srv->next_loop++ % (n - 1));
+    if (!e->loop)
+        return io_settle(srv->io);
+    loop_settle(e->loop);
+    return e->loop;
+}
+
+/* Until the client has gone. */
+static co_fn int serve(struct nbd_conn *c)
+{
+    struct loop *l = loop_for(c->srv, c->exp);
+    int r = loop_spawn(l, nbd_serve, c);
+    if (r == 0)
+        io_event_wait(&c->served, IO_FOREVER);
+    loop_unsettle(l);
+    return r;
 }
 
 static void conn_end(struct nbd_conn *c)
@@ -89,12 +99,10 @@ static void conn_main(void *arg)
     int r = nbd_handshake(c);
     c->deadline = 0;
     if (r == 0 && !c->exp->shut)
-        r = loop_spawn(loop_for(c->srv, c->exp), nbd_serve, c);
+        r = serve(c);
     else if (r == 0)
         r = -ESHUTDOWN;
-    if (r == 0)
-        io_event_wait(&c->served, IO_FOREVER);
-    else
+    if (r < 0)
         log_debug("nbd", "client %s left before transmission: %s", peer, tide_strerror(-r));
     conn_end(c);
 }
