@@ -42,7 +42,8 @@ struct root {
     struct spin lock; /* guards the parked */
     struct co_queue parked;
     bool quiesced; /* closed and seen empty since */
-    bool drained;  /* quiesce_begin() waits for it: nodes below make nobody wait */
+    struct hurry *hurry;
+    bool drained; /* quiesce_begin() waits for it: nodes below make nobody wait */
     TAILQ_ENTRY(root) link;
     struct gate_count count[]; /* of each loop */
 };
@@ -132,12 +133,60 @@ static void root_drain(struct root *r, bool *why, bool begin)
         drain_below(r->node[i], begin);
 }
 
-void root_hurry(struct root *r)
+#define HURRY_FIRST_NS 10000000u
+#define HURRY_LAST_NS 1000000000u
+
+/* Requests that were on their way into a queue when the others were let go wait there: so it is
+ * done again and again until the root is free, less and less often, for others go on, too. */
+struct hurry {
+    struct root *root; /* NULL: it has ended */
+    struct io_event ended;
+};
+
+static void let_go_below(struct root *r)
 {
     for (unsigned i = 0; i < r->n_nodes; i++)
         drain_below(r->node[i], true);
     for (unsigned i = 0; i < r->n_nodes; i++)
         drain_below(r->node[i], false);
+}
+
+static void hurry_main(void *arg)
+{
+    struct hurry *h = arg;
+    struct io *io = loop_io(loop_self());
+    uint64_t pause = HURRY_FIRST_NS;
+    while (h->root) {
+        let_go_below(h->root);
+        io_event_wait(&h->ended, io_now(io) + pause);
+        pause = MIN(2 * pause, HURRY_LAST_NS);
+    }
+    mem_free(h);
+}
+
+void root_hurry(struct root *r)
+{
+    struct hurry *h = r->hurry ? NULL : mem_zalloc(sizeof *h);
+    if (!h) {
+        let_go_below(r);
+        return;
+    }
+    *h = (struct hurry){.root = r, .ended = IO_EVENT_INIT};
+    r->hurry = h;
+    if (loop_run_now(hurry_main, h) < 0) {
+        r->hurry = NULL;
+        mem_free(h);
+        let_go_below(r);
+    }
+}
+
+static void end_hurry(struct root *r)
+{
+    if (!r->hurry)
+        return;
+    r->hurry->root = NULL;
+    io_event_set(&r->hurry->ended);
+    r->hurry = NULL;
 }
 
 static long root_inside(struct root *r)
@@ -383,6 +432,7 @@ void root_free(struct root *r)
     if (!r)
         return;
     assert(root_inside(r) == 0);
+    end_hurry(r);
     /* Giving up cannot be refused, but it takes a while: until it is done the node stays in use,
      * and a list may begin and quiesce this root like any other. */
     for (unsigned i = 0; i < r->n_nodes; i++) {

@@ -51,8 +51,7 @@ void root_leave(struct root *r);
 
 /* The end of this root has begun and somebody waits for those inside: requests that drivers below
  * hold back for a rate now go on, those of others who use the same nodes too (and are charged).
- * Those that come later wait as ever: a request that was just on its way there is let go the next
- * time. Control loop. */
+ * Repeated now and then until root_free(). Control loop. */
 void root_hurry(struct root *r);
 
 /* Close and drain everything that reaches one of the nodes; fails, with every gate open again and

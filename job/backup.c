@@ -18,10 +18,6 @@
 #include "block/tracker.h"
 #include "job/backup_int.h"
 
-/* Of a job that is to end; not for ever, for others of the throttle go on with each. */
-#define HURRIES 20u
-#define HURRY_EVERY_NS 50000000u
-
 /* ------------------------------------------------------------------ making one */
 
 static int check_nodes(const struct backup_options *o, struct tide_error *err)
@@ -234,13 +230,9 @@ static void hurry(struct backup *b)
 
 static void wait_for_workers(struct backup *b)
 {
-    unsigned n_hurries = 0;
     while (atomic_load(&b->n_running)) {
-        /* A request that was on its way into a throttle when the others were let go waits there. */
-        bool again = backup_stopping(b) && n_hurries < HURRIES;
-        uint64_t until = again ? io_now(graph_io(b->graph)) + HURRY_EVERY_NS : IO_FOREVER;
-        io_event_wait(&b->job.kick, until);
-        if (backup_stopping(b) && n_hurries++ < HURRIES)
+        io_event_wait(&b->job.kick, IO_FOREVER);
+        if (backup_stopping(b))
             hurry(b);
         unsigned parked = atomic_load(&b->n_parked), running = atomic_load(&b->n_running);
         bool still = job_wants_pause(&b->job) && parked + 1 >= running;

@@ -330,17 +330,18 @@ def test_bitmaps_above_and_below(tide):
 # ---------------------------------------------------------------- rates
 
 def test_rates_are_kept(tide):
+    """Roughly, for the client's clock begins when the system lets it; exactly: drivers/throttle_test.c."""
     add_group(tide, iops_total=100)
     add_group(tide, 'bytes', bps_write=1000000)
     add_throttled(tide)
     add_throttled(tide, 't1', 'bytes')
     c = Client(tide.export('t0'))
     c.send(51)  # 11 at once, then one in 10 ms
-    assert c.finish() >= 0.399
+    assert c.finish() >= 0.36
     c = Client(tide.export('t1'))
     c.send(60, 10000, write=True)  # 11 at once
     c.send(1000)  # reads are free
-    assert c.finish() >= 0.48
+    assert c.finish() >= 0.43
 
 
 def test_long_reads_of_cached_data_are_counted(tide):
@@ -352,7 +353,7 @@ def test_long_reads_of_cached_data_are_counted(tide):
     qemu_io(uri, 'write -P 3 0 8M')
     c = Client(uri)
     c.send(8, MiB)  # 2 at once
-    assert c.finish() >= 0.59
+    assert c.finish() >= 0.53
 
 
 def test_a_change_frees_those_who_wait(tide):
