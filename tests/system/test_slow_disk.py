@@ -330,3 +330,40 @@ def test_a_page_that_is_on_its_way_for_ever(tmp_path, at):
                 h.shutdown()
             assert done == [0, 0]
             fast.shutdown()
+
+
+def test_long_requests_count_as_what_the_device_makes_of_them(tmp_path):
+    """Few of them fill its queue: the next would hang with the loop."""
+    mount = str(tmp_path / 'mount')
+    os.mkdir(mount)
+    with Stalled(str(tmp_path), size=32 * MiB) as disk, loop_device(disk.path) as device:
+        need_root('mkfs.ext4', 'mount')
+        assert run('mkfs.ext4', '-q', device).returncode == 0
+        with mounted('ext4', device, mount), Daemon(['--loops', '1']) as d:
+            path = os.path.join(mount, 'disk')
+            with open(path, 'wb') as f:
+                f.write(bytes(range(1, 129)) * (16 * MiB // 128))
+                f.flush()
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with open(disk.path, 'r+b') as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            d.cmd('blockdev-add', {'driver': 'file', 'node-name': 'slow', 'filename': path, 'cache': {'direct': True}})
+            d.export('slow')
+            d.add_file('fast', 16 * MiB, discard='unmap')
+            d.export('fast')
+            fast, slow, done = connect(d, 'fast'), [connect(d, 'slow') for _ in range(10)], []
+            with Hanging(disk):
+                for i in range(60):
+                    slow[i % 10].aio_pread(nbd.Buffer(4 * MiB), i % 4 * 4 * MiB,
+                                           completion=lambda e: done.append(e.value) or 1)
+                for h in slow:
+                    push_out(h)
+                assert worst_latency(fast) < BOUND
+            for h in slow:
+                while h.aio_in_flight():
+                    h.poll(1000)
+                h.shutdown()
+            assert done == [0] * 60
+            fast.shutdown()
