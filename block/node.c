@@ -430,6 +430,11 @@ struct node *node_filtered(const struct node *n)
     return n->ops->filter && n->n_children ? n->child[0] : NULL;
 }
 
+struct node *node_child(const struct node *n, unsigned i)
+{
+    return i < n->n_children ? n->child[i] : NULL;
+}
+
 struct graph *node_graph(const struct node *n)
 {
     return n->graph;

@@ -77,6 +77,8 @@ uint32_t node_align(const struct node *n);
 uint32_t node_cluster_size(const struct node *n);
 /* The node whose contents this one shows unchanged; NULL: it has its own. */
 struct node *node_filtered(const struct node *n);
+/* The i-th node it stands on; NULL: no more. Control loop. */
+struct node *node_child(const struct node *n, unsigned i);
 bool node_can_zero_fast(const struct node *n); /* node_zero is cheaper than writing zeroes */
 struct graph *node_graph(const struct node *n);
 struct io *graph_io(struct graph *g);

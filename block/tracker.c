@@ -242,7 +242,7 @@ int dirty_bitmap_find(struct node *n, const char *name, unsigned needs, struct d
     return 0;
 }
 
-static int check_name(struct node *n, const char *name, struct tide_error *err)
+int dirty_bitmap_check_name(struct node *n, const char *name, struct tide_error *err)
 {
     if (!name[0])
         return tide_fail(err, -EINVAL, "a bitmap on node '%s' needs a name that is not empty",
@@ -273,7 +273,7 @@ int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, boo
                      bool disabled, struct dirty_bitmap **out, struct tide_error *err)
 {
     unsigned shift = 0;
-    int r = check_name(n, name, err);
+    int r = dirty_bitmap_check_name(n, name, err);
     if (r == 0)
         r = pick_granularity(n, has_granularity, granularity, &shift, err);
     if (r < 0)
@@ -301,6 +301,11 @@ int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, boo
     return 0;
 }
 
+unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b)
+{
+    return (unsigned long long)bitmap_count(b->bits) << bitmap_shift(b->bits);
+}
+
 void dirty_bitmap_renew(struct dirty_bitmap *b)
 {
     b->generation = ++b->node->graph->next_generation;
@@ -324,16 +329,39 @@ void dirty_bitmap_free(struct dirty_bitmap *b)
 
 /* ------------------------------------------------------------------ changes */
 
+static void join_bucket(struct dirty_bitmap *b)
+{
+    struct dirty_bitmap **at = bucket(b->node, b->hash);
+    b->same_bucket = *at;
+    *at = b;
+}
+
+static void leave_bucket(struct dirty_bitmap *b)
+{
+    struct dirty_bitmap **at = bucket(b->node, b->hash);
+    while (*at != b)
+        at = &(*at)->same_bucket;
+    *at = b->same_bucket;
+}
+
+char *dirty_bitmap_rename(struct dirty_bitmap *b, char *name)
+{
+    char *old = b->name;
+    leave_bucket(b);
+    b->name = name;
+    b->hash = hash_name(name);
+    join_bucket(b);
+    return old;
+}
+
 /* Into the list, in front of `before` (NULL: at the end), and into the table of names. */
 static void link_in(struct dirty_bitmap *b, struct node *n, struct dirty_bitmap *before)
 {
-    struct dirty_bitmap **at = bucket(n, b->hash);
     b->next = before;
     b->prev = before ? before->prev : n->last_bitmap;
     *(b->prev ? &b->prev->next : &n->bitmaps) = b;
     *(before ? &before->prev : &n->last_bitmap) = b;
-    b->same_bucket = *at;
-    *at = b;
+    join_bucket(b);
     n->n_bitmaps++;
     marks_add(b);
 }
@@ -349,11 +377,8 @@ int tracker_attach(struct dirty_bitmap *b, struct node *n)
 void tracker_detach(struct dirty_bitmap *b)
 {
     struct node *n = b->node;
-    struct dirty_bitmap **at = bucket(n, b->hash);
     marks_remove(b);
-    while (*at != b)
-        at = &(*at)->same_bucket;
-    *at = b->same_bucket;
+    leave_bucket(b);
     *(b->prev ? &b->prev->next : &n->bitmaps) = b->next;
     *(b->next ? &b->next->prev : &n->last_bitmap) = b->prev;
     n->n_bitmaps--;

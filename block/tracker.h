@@ -62,6 +62,11 @@ void dirty_bitmap_free(struct dirty_bitmap *b); /* detached; contents freed afte
 int tracker_attach(struct dirty_bitmap *b, struct node *n);
 void tracker_detach(struct dirty_bitmap *b);
 void tracker_reattach(struct dirty_bitmap *b, struct node *n, struct dirty_bitmap *before);
+/* Give an attached bitmap another name; `name` is the caller's before and the bitmap's after, and
+ * the old one is returned. Cannot fail: whether the new name may be used is asked beforehand
+ * (-EINVAL, -EEXIST with a text). */
+int dirty_bitmap_check_name(struct node *n, const char *name, struct tide_error *err);
+char *dirty_bitmap_rename(struct dirty_bitmap *b, char *name);
 /* [q] Marks go / do not go to it from now on. Cannot fail. */
 void dirty_bitmap_set_enabled(struct dirty_bitmap *b, bool enabled);
 /* [q] Make a successor and take ownership (n_busy). -ENOMEM. */
@@ -70,6 +75,8 @@ int dirty_bitmap_freeze(struct dirty_bitmap *b);
  * cannot fail: without memory it marks more. Both end the ownership. */
 void dirty_bitmap_abdicate(struct dirty_bitmap *b);
 void dirty_bitmap_reclaim(struct dirty_bitmap *b);
+/* Dirty bytes, in whole granules: what queries call its count. */
+unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b);
 /* Give it a new generation. */
 void dirty_bitmap_renew(struct dirty_bitmap *b);
 /* Free contents once every loop has passed a turn. Never fails, never waits. */

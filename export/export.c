@@ -533,6 +533,12 @@ int export_add(struct exports *x, const struct q_block_export_options *o, struct
 
 /* ------------------------------------------------------------------ queries */
 
+struct node *export_node(struct exports *x, const char *id)
+{
+    struct export *e = find(x, id);
+    return e ? root_node(e->nbd.root) : NULL;
+}
+
 json_t *exports_query(struct exports *x)
 {
     json_t *all = json_array();

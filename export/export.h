@@ -12,6 +12,7 @@ struct event_bus;
 struct exports;
 struct graph;
 struct io_addr;
+struct node;
 struct q_block_export_options;
 
 int exports_new(struct graph *g, struct event_bus *bus, struct exports **out);
@@ -38,6 +39,8 @@ co_fn int export_del(struct exports *x, const char *id, bool hard, struct tide_e
 /* nbd-server-remove: by NBD export name. */
 co_fn int export_del_by_name(struct exports *x, const char *name, bool hard,
                              struct tide_error *err);
+/* What an export shows; NULL: there is no such export. */
+struct node *export_node(struct exports *x, const char *id);
 json_t *exports_query(struct exports *x); /* query-block-exports: newest first */
 /* Writable exports, newest first: fn(arg, id, node name). For query-block. */
 void exports_each_writable(struct exports *x,

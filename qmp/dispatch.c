@@ -124,7 +124,7 @@ static co_fn int run_action(struct qmp_call *call, const struct qmp_command *c, 
                             struct tide_error *err)
 {
     struct action a = {&txn_actions[c->action_kind], args, 0};
-    struct txn_props props = {0};
+    struct txn_props props = {.plain = true, .client = call->client};
     struct txn_result res;
     return txn_run(&call->inst->txn, &a, 1, &props, &res, err);
 }
@@ -170,6 +170,7 @@ static co_fn int carry_out(struct qmp_call *call, const struct request *rq, json
         return tide_fail(err, -EPERM, "command '%s' cannot run out of band: use 'execute'",
                          rq->name);
     json_t *given = rq->arguments ? json_incref(rq->arguments) : json_object();
+    call->arguments = given;
     r = given ? schema_parse(c->args, given, &call->arena, 0, &args, err)
               : tide_fail(err, -ENOMEM, "no memory for the request");
     if (r == 0)
@@ -178,9 +179,10 @@ static co_fn int carry_out(struct qmp_call *call, const struct request *rq, json
     return r;
 }
 
-json_t *qmp_dispatch(struct instance *inst, json_t *value, bool *negotiated, bool *oob)
+json_t *qmp_dispatch(struct instance *inst, json_t *value, const char *client, bool *negotiated,
+                     bool *oob)
 {
-    struct qmp_call call = {.inst = inst, .negotiated = negotiated, .oob = oob};
+    struct qmp_call call = {.inst = inst, .negotiated = negotiated, .oob = oob, .client = client};
     struct request rq = {0};
     struct tide_error err = {.class = TIDE_GENERIC};
     json_t *ret = NULL, *reply;

@@ -19,6 +19,8 @@ struct qmp_call {
     struct instance *inst;
     bool *negotiated; /* of this monitor; qmp_capabilities sets it */
     bool *oob;
+    const char *client; /* who asks; for the log of transactions */
+    json_t *arguments;  /* as they came; borrowed */
     struct arena arena; /* parsed arguments; freed after the answer */
     json_t *error_data; /* goes into the error object; owned */
 };
@@ -41,8 +43,10 @@ struct qmp_command {
 extern const struct qmp_command qmp_commands[];
 extern const size_t n_qmp_commands;
 
-/* The answer (a new reference) to one request; NULL: no memory. `request` is any JSON value. */
-co_fn json_t *qmp_dispatch(struct instance *inst, json_t *request, bool *negotiated, bool *oob);
+/* The answer (a new reference) to one request; NULL: no memory. `request` is any JSON value,
+ * `client` says who asks. */
+co_fn json_t *qmp_dispatch(struct instance *inst, json_t *request, const char *client,
+                           bool *negotiated, bool *oob);
 /* The answer to bytes that are no JSON. */
 json_t *qmp_parse_error(const char *why);
 json_t *qmp_greeting(void);

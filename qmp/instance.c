@@ -10,11 +10,15 @@
 #include "export/export.h"
 #include "job/job.h"
 #include "qmp/monitor.h"
+#include "store/store.h"
+#include "txn/history.h"
 
 static void free_parts(struct instance *inst)
 {
     monitors_free(inst->monitors);
     objects_free(inst);
+    history_free(inst->history);
+    store_free(inst->store);
     exports_free(inst->exports);
     jobs_free(inst->jobs);
     graph_free(inst->graph);
@@ -40,6 +44,10 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
     if (r == 0)
         r = exports_new(inst->graph, inst->bus, &inst->exports);
     if (r == 0)
+        r = store_new(&inst->store);
+    if (r == 0)
+        r = history_new(&inst->history);
+    if (r == 0)
         r = monitors_new(inst, &inst->monitors);
     if (r < 0) {
         if (inst && inst->graph)
@@ -48,7 +56,12 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
             free_parts(inst);
         return tide_fail(err, r, "cannot start: %s", tide_strerror(-r));
     }
-    inst->txn = (struct txn_env){inst->graph, inst->jobs};
+    inst->txn = (struct txn_env){.io = io,
+                                 .graph = inst->graph,
+                                 .jobs = inst->jobs,
+                                 .exports = inst->exports,
+                                 .store = inst->store,
+                                 .history = inst->history};
     *out = inst;
     return 0;
 }

@@ -21,6 +21,8 @@ struct instance {
     struct jobs *jobs;
     struct exports *exports;
     struct object_list objects;
+    struct store *store;
+    struct txn_history *history;
     struct txn_env txn;
     struct monitors *monitors;
     struct io_event quit; /* somebody asked the daemon to end */

@@ -172,7 +172,7 @@ static co_fn void handle_value(struct monitor *m)
         answer(m, qmp_parse_error(e.text));
         return;
     }
-    answer(m, qmp_dispatch(m->all->inst, v, &m->negotiated, &m->oob));
+    answer(m, qmp_dispatch(m->all->inst, v, m->peer, &m->negotiated, &m->oob));
     json_decref(v);
 }
 

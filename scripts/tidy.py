@@ -97,9 +97,10 @@ MAY_INCLUDE = {
     'drivers': 'base co io schema event bitmap block',
     'job': 'base co io schema event bitmap block',
     'export': 'base co io schema event bitmap block',
-    'txn': 'base co io schema event bitmap block job',
-    'qmp': 'base co io schema event bitmap block job export txn',
-    'tidemarkd': 'base co io schema event bitmap block job export txn qmp',
+    'store': 'base co',
+    'txn': 'base co io schema event bitmap block job export store',
+    'qmp': 'base co io schema event bitmap block job export store txn',
+    'tidemarkd': 'base co io schema event bitmap block job export store txn qmp',
     'cli': 'base',
     'bench': '',
 }

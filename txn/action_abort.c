@@ -9,4 +9,4 @@ static int abort_prepare(struct txn *t, const struct action *a, struct tide_erro
     return tide_fail(err, -ECANCELED, "the list was aborted by its action 'abort'");
 }
 
-const struct action_ops abort_ops = {NULL, abort_prepare};
+const struct action_ops abort_ops = {.prepare = abort_prepare};

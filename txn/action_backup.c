@@ -9,13 +9,6 @@
 #include "schema/types.h"
 #include "txn/actions.h"
 
-static void backup_footprint(const struct action *a, struct footprint *f)
-{
-    const struct q_blockdev_backup *args = a->args;
-    footprint_node(f, args->device, QUIESCE_ALL);
-    footprint_node(f, args->target, QUIESCE_ALL);
-}
-
 struct backup_rec {
     struct job *job;
 };
@@ -27,7 +20,20 @@ static void backup_rec_unwind(void *p)
     backup_drop(rec->job);
 }
 
-static const struct undo_ops backup_undo = {backup_rec_unwind, NULL};
+static void backup_rec_announce(void *p)
+{
+    struct backup_rec *rec = p;
+    job_announce(rec->job);
+}
+
+static void backup_rec_open(void *p)
+{
+    struct backup_rec *rec = p;
+    job_start(rec->job);
+}
+
+static const struct undo_ops backup_undo = {
+    .unwind = backup_rec_unwind, .announce = backup_rec_announce, .open = backup_rec_open};
 
 static enum job_on_error on_error(bool has, int value)
 {
@@ -168,6 +174,19 @@ static int make_options(struct txn *t, const struct q_blockdev_backup *args,
     return take_sync(args, o);
 }
 
+static void describe(struct txn *t, const struct q_blockdev_backup *args,
+                     const struct backup_options *o)
+{
+    if (o->bitmap)
+        txn_sees(t, "bitmap '%s' on node '%s' with %llu dirty bytes", shown_name(args->bitmap).text,
+                 args->device, dirty_bitmap_bytes(o->bitmap));
+    else
+        txn_sees(t, "node '%s' of %llu bytes", args->device,
+                 (unsigned long long)node_size(o->source));
+    txn_does(t, "job '%s' copies to node '%s' (sync=%s)", args->job_id, args->target,
+             q_mirror_sync_mode_names[args->sync]);
+}
+
 static int backup_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_blockdev_backup *args = a->args;
@@ -179,15 +198,13 @@ static int backup_prepare(struct txn *t, const struct action *a, struct tide_err
     struct backup_rec *rec = txn_reserve(t, &backup_undo, sizeof *rec, err);
     if (!rec)
         return -ENOMEM;
-    r = txn_reserve_gate(t, err);
-    if (r == 0)
-        r = backup_new(txn_jobs(t), &o, &j, err);
+    r = backup_new(txn_jobs(t), &o, &j, err);
     if (r < 0)
         return r;
     rec->job = j;
     txn_arm(t, rec);
-    txn_gate_job(t, j);
+    describe(t, args, &o);
     return 0;
 }
 
-const struct action_ops blockdev_backup_ops = {backup_footprint, backup_prepare};
+const struct action_ops blockdev_backup_ops = {.prepare = backup_prepare};

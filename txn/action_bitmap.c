@@ -8,10 +8,11 @@
 #include <errno.h>
 
 #include "base/bytes.h"
+#include "base/mem.h"
 #include "block/node.h"
 #include "block/tracker.h"
 #include "schema/types.h"
-#include "txn/txn.h"
+#include "txn/actions.h"
 
 static int find(struct txn *t, const char *node, const char *name, unsigned needs,
                 struct dirty_bitmap **out, struct tide_error *err)
@@ -19,6 +20,16 @@ static int find(struct txn *t, const char *node, const char *name, unsigned need
     struct node *n;
     int r = graph_find_err(txn_graph(t), node, &n, err);
     return r < 0 ? r : dirty_bitmap_find(n, name, needs, out, err);
+}
+
+/* ------------------------------------------------------------------ what a dry run tells */
+
+static void sees(struct txn *t, const struct dirty_bitmap *b)
+{
+    if (txn_is_dry(t))
+        txn_sees(t, "bitmap '%s' on node '%s': %llu dirty bytes, granularity %llu, %s",
+                 shown_name(b->name).text, node_name(b->node), dirty_bitmap_bytes(b),
+                 1ull << bitmap_shift(b->bits), b->enabled ? "recording" : "not recording");
 }
 
 /* ------------------------------------------------------------------ records */
@@ -29,6 +40,7 @@ struct bitmap_rec {
     struct dirty_bitmap *b;
     struct dirty_bitmap *before; /* remove: what followed it in the list */
     struct bitmap *old;          /* clear, merge: the contents before */
+    char *name;                  /* rename: the one before */
     bool was_enabled;            /* enable, disable */
     uint64_t generation;         /* clear, merge, enable, disable: the one before */
 };
@@ -73,18 +85,26 @@ static void enabled_unwind(void *p)
     rec->b->generation = rec->generation;
 }
 
-static const struct undo_ops add_undo = {add_unwind, NULL};
-static const struct undo_ops remove_undo = {remove_unwind, remove_discard};
-static const struct undo_ops contents_undo = {contents_unwind, contents_discard};
-static const struct undo_ops enabled_undo = {enabled_unwind, NULL};
+static void rename_unwind(void *p)
+{
+    struct bitmap_rec *rec = p;
+    mem_free(dirty_bitmap_rename(rec->b, rec->name));
+}
+
+static void rename_discard(void *p)
+{
+    struct bitmap_rec *rec = p;
+    mem_free(rec->name);
+}
+
+static const struct undo_ops rename_undo = {.unwind = rename_unwind, .discard = rename_discard};
+static const struct undo_ops add_undo = {.unwind = add_unwind};
+static const struct undo_ops remove_undo = {.unwind = remove_unwind, .discard = remove_discard};
+static const struct undo_ops contents_undo = {.unwind = contents_unwind,
+                                              .discard = contents_discard};
+static const struct undo_ops enabled_undo = {.unwind = enabled_unwind};
 
 /* ------------------------------------------------------------------ add */
-
-static void add_footprint(const struct action *a, struct footprint *f)
-{
-    const struct q_block_dirty_bitmap_add *args = a->args;
-    footprint_node(f, args->node, QUIESCE_WRITES);
-}
 
 static int refuse_persistent(struct node *n, const char *name, struct tide_error *err)
 {
@@ -122,19 +142,14 @@ static int add_prepare(struct txn *t, const struct action *a, struct tide_error 
         return r;
     }
     rec->b = b;
+    txn_does(t, "bitmap '%s' on node '%s', granularity %llu, %s", shown_name(args->name).text,
+             args->node, 1ull << bitmap_shift(b->bits), b->enabled ? "recording" : "not recording");
     txn_arm(t, rec);
     return 0;
 }
 
 /* ------------------------------------------------------------------ one bitmap, no other argument
  */
-
-/* remove, clear, enable and disable take the same struct members. */
-static void one_footprint(const struct action *a, struct footprint *f)
-{
-    const struct q_block_dirty_bitmap_remove *args = a->args;
-    footprint_node(f, args->node, QUIESCE_WRITES);
-}
 
 static int remove_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
@@ -148,6 +163,8 @@ static int remove_prepare(struct txn *t, const struct action *a, struct tide_err
         return -ENOMEM;
     rec->b = b;
     rec->before = b->next;
+    sees(t, b);
+    txn_does(t, "removes it; its name is free");
     tracker_detach(b);
     txn_arm(t, rec);
     return 0;
@@ -171,6 +188,8 @@ static int clear_prepare(struct txn *t, const struct action *a, struct tide_erro
     rec->b = b;
     rec->graph = txn_graph(t);
     rec->generation = b->generation;
+    sees(t, b);
+    txn_does(t, "0 dirty bytes");
     bitmap_swap(b->bits, rec->old);
     dirty_bitmap_renew(b);
     txn_arm(t, rec);
@@ -190,6 +209,8 @@ static int set_enabled(struct txn *t, const char *node, const char *name, bool o
     rec->b = b;
     rec->was_enabled = b->enabled;
     rec->generation = b->generation;
+    sees(t, b);
+    txn_does(t, on ? "recording" : "not recording");
     dirty_bitmap_set_enabled(b, on);
     if (on != rec->was_enabled)
         dirty_bitmap_renew(b);
@@ -223,18 +244,6 @@ static int x_disable_prepare(struct txn *t, const struct action *a, struct tide_
 
 /* ------------------------------------------------------------------ merge */
 
-/* The members of remove, clear, enable, disable and their x- forms lie at the same place. */
-#define SAME_PLACE(other)                                                                          \
-    static_assert(                                                                                 \
-        offsetof(struct q_block_dirty_bitmap_remove, node) == offsetof(struct other, node) &&      \
-            offsetof(struct q_block_dirty_bitmap_remove, name) == offsetof(struct other, name),    \
-        "one_footprint() reads it")
-SAME_PLACE(q_block_dirty_bitmap_clear);
-SAME_PLACE(q_block_dirty_bitmap_enable);
-SAME_PLACE(q_block_dirty_bitmap_disable);
-SAME_PLACE(q_x_block_dirty_bitmap_enable);
-SAME_PLACE(q_x_block_dirty_bitmap_disable);
-
 /* A source is a name on the target's node, or {node, name}. */
 struct source {
     const char *node, *name;
@@ -246,14 +255,6 @@ static struct source source_at(const struct q_block_dirty_bitmap_merge *args, si
     if (s->kind == Q_KIND_STRING)
         return (struct source){args->node, s->string};
     return (struct source){s->object->node, s->object->name};
-}
-
-static void merge_footprint(const struct action *a, struct footprint *f)
-{
-    const struct q_block_dirty_bitmap_merge *args = a->args;
-    footprint_node(f, args->node, QUIESCE_WRITES);
-    for (size_t i = 0; i < args->n_bitmaps; i++)
-        footprint_node(f, source_at(args, i).node, QUIESCE_WRITES);
 }
 
 static int check_source(struct txn *t, struct dirty_bitmap *target, const struct source *s,
@@ -305,7 +306,10 @@ static int merge(struct txn *t, const char *node, const char *name,
     rec->b = target;
     rec->graph = txn_graph(t);
     rec->generation = target->generation;
+    sees(t, target);
     bitmap_swap(target->bits, rec->old);
+    if (txn_is_dry(t))
+        txn_does(t, "%llu dirty bytes", dirty_bitmap_bytes(target));
     txn_arm(t, rec);
     return 0;
 }
@@ -321,12 +325,6 @@ static int merge_prepare(struct txn *t, const struct action *a, struct tide_erro
     return merge(t, args->node, args->target, merge_source, args, args->n_bitmaps, err);
 }
 
-static void x_merge_footprint(const struct action *a, struct footprint *f)
-{
-    const struct q_x_block_dirty_bitmap_merge *args = a->args;
-    footprint_node(f, args->node, QUIESCE_WRITES);
-}
-
 static struct source x_merge_source(const void *p, size_t i)
 {
     const struct q_x_block_dirty_bitmap_merge *args = p;
@@ -339,14 +337,126 @@ static int x_merge_prepare(struct txn *t, const struct action *a, struct tide_er
     return merge(t, args->node, args->dst_name, x_merge_source, args, 1, err);
 }
 
+/* ------------------------------------------------------------------ rename */
+
+static int rename_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+{
+    const struct q_block_dirty_bitmap_rename *args = a->args;
+    struct dirty_bitmap *b;
+    int r = find(t, args->node, args->name, BITMAP_NOT_BUSY | BITMAP_WRITABLE, &b, err);
+    if (r == 0)
+        r = dirty_bitmap_check_name(b->node, args->new_name, err);
+    if (r < 0)
+        return r;
+    struct bitmap_rec *rec = txn_reserve(t, &rename_undo, sizeof *rec, err);
+    char *name = mem_strdup(args->new_name);
+    if (!rec || !name) {
+        mem_free(name);
+        return tide_fail(err, -ENOMEM, "no memory to rename bitmap '%s' on node '%s'",
+                         shown_name(args->name).text, args->node);
+    }
+    rec->b = b;
+    sees(t, b);
+    txn_does(t, "its name is '%s'", shown_name(args->new_name).text);
+    rec->name = dirty_bitmap_rename(b, name);
+    txn_arm(t, rec);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ copy */
+
+static struct source copy_source(const void *p, size_t i)
+{
+    const struct q_block_dirty_bitmap_copy *args = p;
+    const struct q_block_dirty_bitmap_or_str *s = &args->bitmaps[i];
+    if (s->kind == Q_KIND_STRING)
+        return (struct source){args->node, s->string};
+    return (struct source){s->object->node, s->object->name};
+}
+
+/* A bitmap that nobody can see yet, with the contents of all sources. */
+static int fill_copy(struct txn *t, const struct q_block_dirty_bitmap_copy *args,
+                     struct dirty_bitmap *b, struct tide_error *err)
+{
+    int r = 0;
+    for (size_t i = 0; r == 0 && i < args->n_bitmaps; i++) {
+        struct source s = copy_source(args, i);
+        struct dirty_bitmap *source;
+        r = check_source(t, b, &s, &source, err);
+        if (r == 0 && bitmap_merge(b->bits, source->bits) < 0)
+            r = tide_fail(err, -ENOMEM, "no memory to copy into bitmap '%s' on node '%s'",
+                          shown_name(args->name).text, args->node);
+    }
+    return r;
+}
+
+static int copy_granularity(struct txn *t, const struct q_block_dirty_bitmap_copy *args,
+                            uint64_t *granularity, struct tide_error *err)
+{
+    struct dirty_bitmap *first;
+    *granularity = args->granularity;
+    if (args->n_bitmaps == 0)
+        return tide_fail(err, -EINVAL,
+                         "'bitmaps' is empty: name at least one bitmap to copy, or use "
+                         "block-dirty-bitmap-add");
+    if (args->has_granularity)
+        return 0;
+    struct source s = copy_source(args, 0);
+    int r = find(t, s.node, s.name, BITMAP_NOT_BUSY | BITMAP_CONSISTENT, &first, err);
+    if (r == 0)
+        *granularity = 1ull << bitmap_shift(first->bits);
+    return r;
+}
+
+static int copy_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+{
+    const struct q_block_dirty_bitmap_copy *args = a->args;
+    struct dirty_bitmap *b = NULL;
+    uint64_t granularity = 0;
+    struct node *n;
+    int r = graph_find_err(txn_graph(t), args->node, &n, err);
+    if (r == 0)
+        r = copy_granularity(t, args, &granularity, err);
+    if (r < 0)
+        return r;
+    struct bitmap_rec *rec = txn_reserve(t, &add_undo, sizeof *rec, err);
+    if (!rec)
+        return -ENOMEM;
+    r = dirty_bitmap_new(n, args->name, granularity, true, args->has_disabled && args->disabled, &b,
+                         err);
+    if (r == 0 && args->has_persistent && args->persistent)
+        r = refuse_persistent(n, args->name, err);
+    if (r == 0)
+        r = dirty_bitmap_check_watch(b, err);
+    if (r == 0)
+        r = fill_copy(t, args, b, err);
+    if (r == 0 && (r = tracker_attach(b, n)) < 0)
+        tide_fail(err, r, "no memory for bitmap '%s' on node '%s'", shown_name(args->name).text,
+                  args->node);
+    if (r < 0) {
+        dirty_bitmap_free(b);
+        return r;
+    }
+    rec->b = b;
+    if (txn_is_dry(t))
+        txn_does(t, "bitmap '%s' on node '%s', %llu dirty bytes, granularity %llu, %s",
+                 shown_name(args->name).text, args->node, dirty_bitmap_bytes(b),
+                 1ull << bitmap_shift(b->bits), b->enabled ? "recording" : "not recording");
+    txn_arm(t, rec);
+    return 0;
+}
+
 /* ------------------------------------------------------------------ tables */
 
-const struct action_ops block_dirty_bitmap_add_ops = {add_footprint, add_prepare};
-const struct action_ops block_dirty_bitmap_remove_ops = {one_footprint, remove_prepare};
-const struct action_ops block_dirty_bitmap_clear_ops = {one_footprint, clear_prepare};
-const struct action_ops block_dirty_bitmap_enable_ops = {one_footprint, enable_prepare};
-const struct action_ops block_dirty_bitmap_disable_ops = {one_footprint, disable_prepare};
-const struct action_ops block_dirty_bitmap_merge_ops = {merge_footprint, merge_prepare};
-const struct action_ops x_block_dirty_bitmap_enable_ops = {one_footprint, x_enable_prepare};
-const struct action_ops x_block_dirty_bitmap_disable_ops = {one_footprint, x_disable_prepare};
-const struct action_ops x_block_dirty_bitmap_merge_ops = {x_merge_footprint, x_merge_prepare};
+const struct action_ops block_dirty_bitmap_rename_ops = {.prepare = rename_prepare};
+const struct action_ops block_dirty_bitmap_copy_ops = {.prepare = copy_prepare};
+
+const struct action_ops block_dirty_bitmap_add_ops = {.prepare = add_prepare};
+const struct action_ops block_dirty_bitmap_remove_ops = {.prepare = remove_prepare};
+const struct action_ops block_dirty_bitmap_clear_ops = {.prepare = clear_prepare};
+const struct action_ops block_dirty_bitmap_enable_ops = {.prepare = enable_prepare};
+const struct action_ops block_dirty_bitmap_disable_ops = {.prepare = disable_prepare};
+const struct action_ops block_dirty_bitmap_merge_ops = {.prepare = merge_prepare};
+const struct action_ops x_block_dirty_bitmap_enable_ops = {.prepare = x_enable_prepare};
+const struct action_ops x_block_dirty_bitmap_disable_ops = {.prepare = x_disable_prepare};
+const struct action_ops x_block_dirty_bitmap_merge_ops = {.prepare = x_merge_prepare};

@@ -1,74 +1,55 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The engine: lock, quiesce, prepare in order, record; or unwind in reverse.
+/* The engine: lock, stage, quiesce, prepare in order, record; or unwind in reverse.
  *
- * Order (docs/transactions.md, "One transaction step by step"): command lock; nodes of the whole
- * list quiesced in one go; effects are hidden from queries from the first one on; every action in
- * list order; the record; discards, last first; jobs announced and started in list order; gates
- * open; locks go. What an unwind gives back is given back before anything is released. */
+ * Order (docs/transactions.md, "One transaction step by step"): command lock; slow work that nobody
+ * sees; nodes of the whole list quiesced in one go; effects are hidden from queries from the first
+ * one on; every action in list order; the record; discards, last first; announcements and gates in
+ * list order; locks go; releases. What an unwind gives back is given back before anything is
+ * released. */
 #include "txn/txn.h"
 
 #include <assert.h>
 #include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/queue.h>
 
 #include "base/mem.h"
 #include "block/node.h"
+#include "block/root.h"
+#include "export/export.h"
 #include "job/job.h"
+#include "txn/footprint.h"
+#include "txn/history.h"
 
 struct undo {
     const struct undo_ops *ops;
-    SLIST_ENTRY(undo) link;
+    unsigned action;
+    TAILQ_ENTRY(undo) link;
     _Alignas(16) unsigned char rec[];
 };
-
-struct gate {
-    struct job *job;
-    STAILQ_ENTRY(gate) link;
-};
+TAILQ_HEAD(undo_list, undo);
 
 struct txn {
     const struct txn_env *env;
-    SLIST_HEAD(, undo) armed;    /* last effect first */
-    SLIST_HEAD(, undo) reserved; /* not armed */
-    unsigned height;
-    STAILQ_HEAD(gate_list, gate) gates; /* jobs to start, in list order */
-    struct gate *spare;
+    const struct txn_props *props;
+    const struct action *actions;
+    size_t n;
+    unsigned current;        /* the action whose turn it is */
+    struct undo_list armed;  /* in list order */
+    struct undo_list undone; /* in the order of unwinding */
+    struct undo_list reserved;
+    struct footprint footprint;
     struct job_group *group;
-};
-
-struct footprint {
-    struct graph *graph;
-    struct node **node;
-    size_t n, cap;
-    enum quiesce_kind kind;
-    bool no_memory;
+    /* What was staged, by action; NULL when nothing was. */
+    void **staged;
+    int stage_failed; /* index of the action, -1: none */
+    struct tide_error stage_err;
+    struct action_report *report;
 };
 
 /* ------------------------------------------------------------------ for actions */
-
-void footprint_node(struct footprint *f, const char *name, enum quiesce_kind kind)
-{
-    struct node *n = graph_find(f->graph, name);
-    if (!n)
-        return;
-    if (kind == QUIESCE_ALL)
-        f->kind = QUIESCE_ALL;
-    /* Neighbours in a list mostly name the same node; other repeats do no harm. */
-    if (f->n && f->node[f->n - 1] == n)
-        return;
-    if (f->n == f->cap) {
-        size_t cap = f->cap ? f->cap * 2 : 16;
-        struct node **p = mem_realloc(f->node, cap, sizeof *p);
-        if (!p) {
-            f->no_memory = true;
-            return;
-        }
-        f->node = p;
-        f->cap = cap;
-    }
-    f->node[f->n++] = n;
-}
 
 static struct undo *undo_of(void *rec)
 {
@@ -83,33 +64,26 @@ void *txn_reserve(struct txn *t, const struct undo_ops *ops, size_t size, struct
         return NULL;
     }
     u->ops = ops;
-    SLIST_INSERT_HEAD(&t->reserved, u, link);
+    u->action = t->current;
+    TAILQ_INSERT_HEAD(&t->reserved, u, link);
     return u->rec;
 }
 
 void txn_arm(struct txn *t, void *rec)
 {
     struct undo *u = undo_of(rec);
-    assert(SLIST_FIRST(&t->reserved) ==
-           u); /* records are armed in the reverse order of reserving */
-    SLIST_REMOVE_HEAD(&t->reserved, link);
-    SLIST_INSERT_HEAD(&t->armed, u, link);
-    t->height++;
+    /* Records are armed in the reverse order of reserving. */
+    assert(TAILQ_FIRST(&t->reserved) == u);
+    TAILQ_REMOVE(&t->reserved, u, link);
+    TAILQ_INSERT_TAIL(&t->armed, u, link);
 }
 
-int txn_reserve_gate(struct txn *t, struct tide_error *err)
+void *txn_staged(struct txn *t, const struct action *a)
 {
-    if (!t->spare)
-        t->spare = mem_zalloc(sizeof *t->spare);
-    return t->spare ? 0 : tide_fail(err, -ENOMEM, "no memory for the start of a job");
-}
-
-void txn_gate_job(struct txn *t, struct job *j)
-{
-    struct gate *g = t->spare;
-    t->spare = NULL;
-    g->job = j;
-    STAILQ_INSERT_TAIL(&t->gates, g, link);
+    void *staged = t->staged ? t->staged[a->index] : NULL;
+    if (staged)
+        t->staged[a->index] = NULL;
+    return staged;
 }
 
 struct job_group *txn_job_group(struct txn *t)
@@ -127,153 +101,396 @@ struct jobs *txn_jobs(struct txn *t)
     return t->env->jobs;
 }
 
+struct exports *txn_exports(struct txn *t)
+{
+    return t->env->exports;
+}
+
+bool txn_is_dry(const struct txn *t)
+{
+    return t->props->dry_run;
+}
+
+void txn_only_checked(struct txn *t)
+{
+    if (t->report)
+        t->report[t->current].outcome = ACTION_CHECKED;
+}
+
+static void note(char **where, const char *fmt, va_list ap)
+{
+    char text[400];
+    vsnprintf(text, sizeof text, fmt, ap);
+    mem_free(*where);
+    *where = mem_strdup(text);
+}
+
+void txn_sees(struct txn *t, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    if (t->report)
+        note(&t->report[t->current].sees, fmt, ap);
+    va_end(ap);
+}
+
+void txn_does(struct txn *t, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    if (t->report)
+        note(&t->report[t->current].does, fmt, ap);
+    va_end(ap);
+}
+
 /* ------------------------------------------------------------------ the two ways out */
+
+static void probe(struct txn *t, enum txn_step step, unsigned done)
+{
+    if (t->env->probe)
+        t->env->probe(t->env->probe_arg, step, done);
+}
 
 static void forget_reserved(struct txn *t)
 {
-    while (!SLIST_EMPTY(&t->reserved)) {
-        struct undo *u = SLIST_FIRST(&t->reserved);
-        SLIST_REMOVE_HEAD(&t->reserved, link);
+    while (!TAILQ_EMPTY(&t->reserved)) {
+        struct undo *u = TAILQ_FIRST(&t->reserved);
+        TAILQ_REMOVE(&t->reserved, u, link);
         mem_free(u);
     }
 }
 
-static co_fn void unwind_to(struct txn *t, unsigned height)
+/* Until only what actions 0 .. done-1 did is left. */
+static co_fn void unwind_to(struct txn *t, unsigned done)
 {
+    struct undo *u;
     forget_reserved(t);
-    while (t->height > height) {
-        struct undo *u = SLIST_FIRST(&t->armed);
-        SLIST_REMOVE_HEAD(&t->armed, link);
-        t->height--;
+    while ((u = TAILQ_LAST(&t->armed, undo_list)) && u->action >= done) {
+        unsigned action = u->action;
         u->ops->unwind(u->rec);
-        mem_free(u);
+        TAILQ_REMOVE(&t->armed, u, link);
+        TAILQ_INSERT_TAIL(&t->undone, u, link);
+        u = TAILQ_LAST(&t->armed, undo_list);
+        if (!u || u->action != action)
+            probe(t, TXN_UNWOUND, action);
     }
 }
 
-static co_fn void discard_all(struct txn *t)
+/* Nothing here can fail: the list has happened. */
+static co_fn void succeed(struct txn *t)
 {
-    forget_reserved(t);
-    while (!SLIST_EMPTY(&t->armed)) {
-        struct undo *u = SLIST_FIRST(&t->armed);
-        SLIST_REMOVE_HEAD(&t->armed, link);
+    struct undo *u;
+    probe(t, TXN_RECORDED, (unsigned)t->n);
+    TAILQ_FOREACH_REVERSE(u, &t->armed, undo_list, link)
+    {
         if (u->ops->discard)
             u->ops->discard(u->rec);
+    }
+    probe(t, TXN_DISCARDED, (unsigned)t->n);
+    TAILQ_FOREACH (u, &t->armed, link) {
+        if (u->ops->announce)
+            u->ops->announce(u->rec);
+    }
+    TAILQ_FOREACH (u, &t->armed, link) {
+        if (u->ops->open)
+            u->ops->open(u->rec);
+    }
+}
+
+static co_fn void release(struct undo_list *list, bool undone)
+{
+    while (!TAILQ_EMPTY(list)) {
+        struct undo *u = TAILQ_FIRST(list);
+        if (u->ops->release)
+            u->ops->release(u->rec, undone);
+        TAILQ_REMOVE(list, u, link);
         mem_free(u);
     }
-    t->height = 0;
 }
 
-static void open_gates(struct txn *t)
+/* ------------------------------------------------------------------ before guests are held */
+
+static const char *node_of_export(void *arg, const char *id)
 {
-    struct gate *g;
-    STAILQ_FOREACH (g, &t->gates, link)
-        job_announce(g->job);
-    STAILQ_FOREACH (g, &t->gates, link)
-        job_start(g->job);
+    const struct txn_env *env = arg;
+    struct node *n = export_node(env->exports, id);
+    return n ? node_name(n) : NULL;
 }
 
-static void free_gates(struct txn *t)
+static const char *child_of_node(void *arg, const char *name, unsigned i)
 {
-    mem_free(t->spare);
-    t->spare = NULL;
-    while (!STAILQ_EMPTY(&t->gates)) {
-        struct gate *g = STAILQ_FIRST(&t->gates);
-        STAILQ_REMOVE_HEAD(&t->gates, link);
-        mem_free(g);
+    const struct txn_env *env = arg;
+    struct node *n = graph_find(env->graph, name);
+    struct node *c = n ? node_child(n, i) : NULL;
+    return c ? node_name(c) : NULL;
+}
+
+struct footprint_lookup txn_lookup(const struct txn_env *env)
+{
+    return (struct footprint_lookup){node_of_export, child_of_node, (void *)env};
+}
+
+/* What the list names, all of it before anything happens. */
+static int make_footprint(struct txn *t, struct tide_error *err)
+{
+    struct footprint *f = &t->footprint;
+    struct footprint_lookup lookup = txn_lookup(t->env);
+    f->lookup = &lookup;
+    for (size_t i = 0; i < t->n; i++)
+        action_footprint((int)(t->actions[i].entry - txn_actions), t->actions[i].args, (unsigned)i,
+                         f);
+    f->lookup = NULL;
+    return f->no_memory ? tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n) : 0;
+}
+
+#define STAGE_USES_MAX 4096u /* finding out what may be staged is quadratic */
+
+static bool is_staged_kind(const struct name_use *u)
+{
+    return u->name.kind == STORE_NODE || u->name.kind == STORE_FILE;
+}
+
+/* Does an earlier action change a node or a file that action i names? */
+static bool stands_alone(const struct footprint *f, unsigned i)
+{
+    for (size_t k = 0; k < f->n_uses && f->use[k].action <= i; k++) {
+        const struct name_use *own = &f->use[k];
+        if (own->action != i || !is_staged_kind(own))
+            continue;
+        for (size_t e = 0; e < k && f->use[e].action < i; e++) {
+            if (f->use[e].writes && is_staged_kind(&f->use[e]) &&
+                store_name_meets(&f->use[e].name, &own->name))
+                return false;
+        }
     }
+    return true;
+}
+
+/* Ends at the first failure: the list gets no further than there. */
+static co_fn int stage(struct txn *t, struct tide_error *err)
+{
+    for (unsigned i = 0; i < t->n && t->footprint.n_uses <= STAGE_USES_MAX; i++) {
+        const struct action_ops *ops = t->actions[i].entry->ops;
+        if (!ops->stage || !stands_alone(&t->footprint, i))
+            continue;
+        if (!t->staged && !(t->staged = mem_calloc(t->n, sizeof *t->staged)))
+            return tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n);
+        t->current = i;
+        if (ops->stage(t, &t->actions[i], &t->staged[i], &t->stage_err) < 0) {
+            t->stage_failed = (int)i;
+            break;
+        }
+    }
+    return 0;
+}
+
+static co_fn void unstage(struct txn *t)
+{
+    for (size_t i = t->staged ? t->n : 0; i-- > 0;) {
+        if (t->staged[i])
+            t->actions[i].entry->ops->unstage(t, t->staged[i]);
+    }
+    mem_free(t->staged);
+}
+
+static co_fn int hold(struct txn *t, struct quiesce **q, struct tide_error *err)
+{
+    const struct footprint *f = &t->footprint;
+    struct graph *g = t->env->graph;
+    struct node **nodes = mem_calloc(f->n_holds + 1, sizeof *nodes), *last = NULL;
+    enum quiesce_kind kind = QUIESCE_WRITES;
+    unsigned n = 0;
+    if (!nodes)
+        return tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n);
+    for (size_t i = 0; i < f->n_holds; i++) {
+        const struct node_hold *h = &f->hold[i];
+        struct node *found =
+            h->node ? graph_find(g, h->node) : export_node(t->env->exports, h->export);
+        if (h->all)
+            kind = QUIESCE_ALL;
+        /* What does not exist (yet) is left to prepare, which says so. */
+        if (found && found != last)
+            nodes[n++] = last = found;
+    }
+    int r = quiesce_begin(g, nodes, n, kind, q, err);
+    mem_free(nodes);
+    return r;
 }
 
 /* ------------------------------------------------------------------ running a list */
 
-static int make_footprint(const struct txn_env *env, const struct action *a, size_t n,
-                          struct footprint *f, struct tide_error *err)
+static co_fn int prepare_one(struct txn *t, const struct action *a, struct txn_result *res,
+                             struct tide_error *err)
 {
-    *f = (struct footprint){.graph = env->graph, .kind = QUIESCE_WRITES};
-    for (size_t i = 0; i < n; i++) {
-        if (a[i].entry->ops->footprint)
-            a[i].entry->ops->footprint(&a[i], f);
+    t->current = a->index;
+    if (t->report)
+        t->report[a->index].outcome = ACTION_EXERCISED;
+    res->phase = (int)a->index == t->stage_failed ? "stage" : "prepare";
+    if ((int)a->index == t->stage_failed) {
+        *err = t->stage_err;
+        return err->code;
     }
-    return f->no_memory ? tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", n) : 0;
+    int r = a->entry->ops->prepare(t, a, err);
+    forget_reserved(t);
+    return r;
 }
 
-/* The one place where an outcome becomes durable. There is no store yet: memory decides, here. */
-static int write_record(struct txn *t)
+static co_fn int prepare_all(struct txn *t, struct txn_result *res, struct tide_error *err)
 {
-    return 0;
-}
-
-static co_fn int prepare_all(struct txn *t, const struct action *a, size_t n,
-                             struct txn_result *res, struct tide_error *err)
-{
-    for (size_t i = 0; i < n; i++) {
-        unsigned height = t->height;
-        int r = a[i].entry->ops->prepare(t, &a[i], err);
-        forget_reserved(t);
+    probe(t, TXN_HELD, 0);
+    for (unsigned i = 0; i < t->n; i++) {
+        int r = prepare_one(t, &t->actions[i], res, err);
         if (r < 0) {
-            unwind_to(t, height);
+            unwind_to(t, i);
             res->failed = (int)i;
-            res->phase = "prepare";
+            if (t->report)
+                t->report[i].outcome = ACTION_FAILED;
             return r;
         }
+        probe(t, TXN_PREPARED, i + 1);
     }
     return 0;
 }
 
-static co_fn int run_held(struct txn *t, const struct action *a, size_t n, struct txn_result *res,
-                          struct tide_error *err)
+/* The one place where an outcome is decided. */
+static co_fn int write_record(struct txn *t, struct tide_error *err)
 {
-    int r = prepare_all(t, a, n, res, err);
-    if (r == 0) {
-        r = write_record(t);
-        if (r < 0) {
-            res->failed = n ? (int)n - 1 : 0;
-            res->phase = "record";
-            tide_fail(err, r, "the transaction's record could not be written");
-        }
+    const struct footprint *f = &t->footprint;
+    struct store_name *changed = mem_calloc(f->n_uses + 1, sizeof *changed);
+    struct store_record rec = {.id = t->props->id, .changed = changed};
+    if (!changed)
+        return tide_fail(err, -ENOMEM, "no memory for the record of the transaction");
+    for (size_t i = 0; i < f->n_uses; i++) {
+        if (f->use[i].writes)
+            changed[rec.n_changed++] = f->use[i].name;
     }
-    if (r < 0)
-        unwind_to(t, 0);
-    else
-        discard_all(t);
+    rec.outcome = (struct store_outcome){.committed = true, .failed = -1};
+    memcpy(rec.outcome.digest, t->props->digest, sizeof rec.outcome.digest);
+    int r = store_write_record(t->env->store, &rec, err);
+    mem_free(changed);
     return r;
 }
 
-static co_fn int run_locked(struct txn *t, const struct action *a, size_t n, struct txn_result *res,
-                            struct tide_error *err)
+/* So that a client which asks again under the same id hears the same. If it cannot be remembered,
+ * the list is run again then, which is right, too: it changed nothing. */
+static co_fn void remember_failure(struct txn *t, const struct txn_result *res,
+                                   const struct tide_error *why)
+{
+    struct tide_error ignored;
+    struct store_record rec = {.id = t->props->id};
+    if (!rec.id || res->failed < 0)
+        return;
+    rec.outcome = (struct store_outcome){.failed = res->failed, .phase = res->phase, .err = *why};
+    memcpy(rec.outcome.digest, t->props->digest, sizeof rec.outcome.digest);
+    store_write_record(t->env->store, &rec, &ignored);
+}
+
+static co_fn int run_held(struct txn *t, struct txn_result *res, struct tide_error *err)
+{
+    int r = prepare_all(t, res, err);
+    if (r == 0 && !t->props->dry_run) {
+        r = write_record(t, err);
+        if (r < 0) {
+            res->failed = t->n ? (int)t->n - 1 : -1;
+            res->phase = "record";
+        }
+    }
+    if (r < 0 || t->props->dry_run)
+        unwind_to(t, 0);
+    else
+        succeed(t);
+    if (r < 0 && !t->props->dry_run)
+        remember_failure(t, res, err);
+    return r;
+}
+
+static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_error *err)
 {
     struct graph *g = t->env->graph;
-    struct footprint f;
     struct quiesce *q = NULL;
-    int r = make_footprint(t->env, a, n, &f, err);
+    int r = make_footprint(t, err);
     if (r == 0)
-        r = quiesce_begin(g, f.node, (unsigned)f.n, f.kind, &q, err);
-    mem_free(f.node);
-    if (r < 0)
-        return r;
-    graph_effects_begin(g);
-    r = run_held(t, a, n, res, err);
+        r = stage(t, err);
     if (r == 0)
-        open_gates(t);
-    free_gates(t);
-    graph_effects_end(g);
-    res->held_ns = quiesce_age(q);
-    quiesce_end(q);
+        r = hold(t, &q, err);
+    if (r == 0) {
+        graph_effects_begin(g);
+        r = run_held(t, res, err);
+        graph_effects_end(g);
+        res->held_ns = quiesce_age(q);
+        quiesce_end(q);
+    }
+    release(&t->undone, true);
+    release(&t->armed, false);
+    unstage(t);
+    footprint_free(&t->footprint);
     return r;
+}
+
+/* What is known under the id already: 1 and the outcome in res and err, 0: nothing. */
+static int replay(const struct txn_env *env, const struct txn_props *p, struct txn_result *res,
+                  struct tide_error *err)
+{
+    const struct store_outcome *o = p->id ? store_find_outcome(env->store, p->id) : NULL;
+    if (!o)
+        return 0;
+    if (memcmp(o->digest, p->digest, sizeof o->digest))
+        return tide_fail(err, -EEXIST,
+                         "transaction '%s' was another list: an id stands for one list; give this "
+                         "one an id of its own",
+                         p->id);
+    res->replayed = true;
+    res->failed = o->failed;
+    res->phase = o->phase;
+    if (!o->committed)
+        *err = o->err;
+    return o->committed ? 1 : err->code;
+}
+
+static int begin(struct txn *t, struct txn_result *res, struct tide_error *err)
+{
+    if (t->props->dry_run) {
+        t->report = mem_calloc(t->n + 1, sizeof *t->report);
+        if (!t->report)
+            return tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n);
+        res->report = t->report;
+        res->n_reports = t->n;
+    }
+    if (t->props->grouped && job_group_new(t->env->jobs, &t->group) < 0)
+        return tide_fail(err, -ENOMEM, "no memory for a group of jobs");
+    return 0;
 }
 
 int txn_run(const struct txn_env *env, const struct action *actions, size_t n,
             const struct txn_props *props, struct txn_result *res, struct tide_error *err)
 {
-    struct txn t = {.env = env};
-    SLIST_INIT(&t.armed);
-    SLIST_INIT(&t.reserved);
-    STAILQ_INIT(&t.gates);
+    struct txn t = {.env = env, .props = props, .actions = actions, .n = n, .stage_failed = -1};
+    struct history_entry *h = history_begin(env->history, env->io, actions, n, props);
+    TAILQ_INIT(&t.armed);
+    TAILQ_INIT(&t.undone);
+    TAILQ_INIT(&t.reserved);
     *res = (struct txn_result){.failed = -1};
-    if (props->grouped && job_group_new(env->jobs, &t.group) < 0)
-        return tide_fail(err, -ENOMEM, "no memory for a group of jobs");
     graph_lock(env->graph);
-    int r = run_locked(&t, actions, n, res, err);
+    int r = replay(env, props, res, err);
+    if (r == 0)
+        r = begin(&t, res, err);
+    else
+        r = r < 0 ? r : 0;
+    if (r == 0 && !res->replayed)
+        r = run_locked(&t, res, err);
     graph_unlock(env->graph);
     job_group_put(t.group);
+    history_end(env->history, h, r, res, err);
     return r;
+}
+
+void txn_result_free(struct txn_result *res)
+{
+    for (size_t i = 0; i < res->n_reports; i++) {
+        mem_free(res->report[i].sees);
+        mem_free(res->report[i].does);
+    }
+    mem_free(res->report);
+    res->report = NULL;
+    res->n_reports = 0;
 }

@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The table of section "The actions" in docs/transactions.md, as far as names go: one function for
+ * each kind, in the order of the schema. */
+#include "txn/footprint.h"
+
+#include <assert.h>
+
+#include "base/mem.h"
+#include "schema/types.h"
+
+/* ------------------------------------------------------------------ adding */
+
+static bool grow(void **list, size_t n, size_t *cap, size_t size)
+{
+    if (n < *cap)
+        return true;
+    size_t more = *cap ? *cap * 2 : 32;
+    void *p = mem_realloc(*list, more, size);
+    if (!p)
+        return false;
+    *list = p;
+    *cap = more;
+    return true;
+}
+
+static void use(struct footprint *f, bool writes, enum store_kind kind, const char *a,
+                const char *b)
+{
+    if (!grow((void **)&f->use, f->n_uses, &f->cap_uses, sizeof *f->use)) {
+        f->no_memory = true;
+        return;
+    }
+    f->use[f->n_uses++] = (struct name_use){{kind, a, b}, f->action, writes};
+}
+
+static void reads(struct footprint *f, enum store_kind kind, const char *a, const char *b)
+{
+    use(f, false, kind, a, b);
+}
+
+static void writes(struct footprint *f, enum store_kind kind, const char *a, const char *b)
+{
+    use(f, true, kind, a, b);
+}
+
+static void hold(struct footprint *f, const char *node, const char *export, bool all)
+{
+    /* Neighbours in a list mostly name the same node; other repeats do no harm. */
+    struct node_hold *last = f->n_holds ? &f->hold[f->n_holds - 1] : NULL;
+    if (last && node && last->node == node && last->all == all)
+        return;
+    if (!grow((void **)&f->hold, f->n_holds, &f->cap_holds, sizeof *f->hold)) {
+        f->no_memory = true;
+        return;
+    }
+    f->hold[f->n_holds++] = (struct node_hold){node, export, f->action, all};
+}
+
+static void hold_writes(struct footprint *f, const char *node)
+{
+    reads(f, STORE_NODE, node, NULL);
+    hold(f, node, NULL, false);
+}
+
+void footprint_free(struct footprint *f)
+{
+    mem_free(f->use);
+    mem_free(f->hold);
+    *f = (struct footprint){0};
+}
+
+/* ------------------------------------------------------------------ bitmaps */
+
+/* It comes, goes, or changes its name. */
+static void writes_bitmap(struct footprint *f, const char *node, const char *name)
+{
+    writes(f, STORE_BITMAP, node, name);
+    writes(f, STORE_BITMAP_BITS, node, name);
+    writes(f, STORE_BITMAP_STATE, node, name);
+}
+
+/* What an operation looks at before it touches a bitmap. */
+static void reads_bitmap(struct footprint *f, const char *node, const char *name)
+{
+    reads(f, STORE_BITMAP, node, name);
+    reads(f, STORE_BITMAP_STATE, node, name);
+}
+
+static void reads_source(struct footprint *f, const char *node,
+                         const struct q_block_dirty_bitmap_or_str *s)
+{
+    const char *on = s->kind == Q_KIND_STRING ? node : s->object->node;
+    const char *name = s->kind == Q_KIND_STRING ? s->string : s->object->name;
+    hold_writes(f, on);
+    reads_bitmap(f, on, name);
+    reads(f, STORE_BITMAP_BITS, on, name);
+}
+
+static void add_footprint(const struct q_block_dirty_bitmap_add *a, struct footprint *f)
+{
+    hold_writes(f, a->node);
+    writes_bitmap(f, a->node, a->name);
+}
+
+static void remove_footprint(const struct q_block_dirty_bitmap_remove *a, struct footprint *f)
+{
+    hold_writes(f, a->node);
+    writes_bitmap(f, a->node, a->name);
+}
+
+static void clear_footprint(const struct q_block_dirty_bitmap_clear *a, struct footprint *f)
+{
+    hold_writes(f, a->node);
+    reads_bitmap(f, a->node, a->name);
+    writes(f, STORE_BITMAP_BITS, a->node, a->name);
+}
+
+static void switch_footprint(const char *node, const char *name, struct footprint *f)
+{
+    hold_writes(f, node);
+    reads(f, STORE_BITMAP, node, name);
+    writes(f, STORE_BITMAP_STATE, node, name);
+}
+
+static void merge_target(const char *node, const char *name, struct footprint *f)
+{
+    hold_writes(f, node);
+    reads_bitmap(f, node, name);
+    writes(f, STORE_BITMAP_BITS, node, name);
+}
+
+static void merge_footprint(const struct q_block_dirty_bitmap_merge *a, struct footprint *f)
+{
+    merge_target(a->node, a->target, f);
+    for (size_t i = 0; i < a->n_bitmaps; i++)
+        reads_source(f, a->node, &a->bitmaps[i]);
+}
+
+static void x_merge_footprint(const struct q_x_block_dirty_bitmap_merge *a, struct footprint *f)
+{
+    merge_target(a->node, a->dst_name, f);
+    reads_bitmap(f, a->node, a->src_name);
+    reads(f, STORE_BITMAP_BITS, a->node, a->src_name);
+}
+
+static void rename_footprint(const struct q_block_dirty_bitmap_rename *a, struct footprint *f)
+{
+    hold_writes(f, a->node);
+    writes_bitmap(f, a->node, a->name);
+    writes_bitmap(f, a->node, a->new_name);
+}
+
+static void copy_footprint(const struct q_block_dirty_bitmap_copy *a, struct footprint *f)
+{
+    hold_writes(f, a->node);
+    for (size_t i = 0; i < a->n_bitmaps; i++)
+        reads_source(f, a->node, &a->bitmaps[i]);
+    writes_bitmap(f, a->node, a->name);
+}
+
+/* ------------------------------------------------------------------ jobs */
+
+static void backup_footprint(const struct q_blockdev_backup *a, struct footprint *f)
+{
+    reads(f, STORE_NODE, a->device, NULL);
+    reads(f, STORE_NODE, a->target, NULL);
+    hold(f, a->device, NULL, true);
+    hold(f, a->target, NULL, true);
+    if (a->bitmap) {
+        reads(f, STORE_BITMAP, a->device, a->bitmap);
+        reads(f, STORE_BITMAP_BITS, a->device, a->bitmap);
+        writes(f, STORE_BITMAP_STATE, a->device, a->bitmap);
+    }
+    writes(f, STORE_JOB, a->job_id, NULL);
+    writes(f, STORE_NODE, a->device, NULL); /* who uses them */
+    writes(f, STORE_NODE, a->target, NULL);
+}
+
+/* ------------------------------------------------------------------ all of them */
+
+void action_footprint(int kind, const void *args, unsigned index, struct footprint *f)
+{
+    const struct q_block_dirty_bitmap_enable *on = args;
+    const struct q_block_dirty_bitmap_disable *off = args;
+    const struct q_x_block_dirty_bitmap_enable *x_on = args;
+    const struct q_x_block_dirty_bitmap_disable *x_off = args;
+    f->action = index;
+    switch ((enum q_transaction_action_kind)kind) {
+    case Q_TRANSACTION_ACTION_KIND_ABORT:
+        return;
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_ADD:
+        return add_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_REMOVE:
+        return remove_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_CLEAR:
+        return clear_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_ENABLE:
+        return switch_footprint(on->node, on->name, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_DISABLE:
+        return switch_footprint(off->node, off->name, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_MERGE:
+        return merge_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_RENAME:
+        return rename_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_COPY:
+        return copy_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_X_BLOCK_DIRTY_BITMAP_ENABLE:
+        return switch_footprint(x_on->node, x_on->name, f);
+    case Q_TRANSACTION_ACTION_KIND_X_BLOCK_DIRTY_BITMAP_DISABLE:
+        return switch_footprint(x_off->node, x_off->name, f);
+    case Q_TRANSACTION_ACTION_KIND_X_BLOCK_DIRTY_BITMAP_MERGE:
+        return x_merge_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP:
+        return backup_footprint(args, f);
+    }
+    assert(false);
+}
