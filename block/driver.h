@@ -12,7 +12,6 @@
 #include "io/io.h"
 
 #define NODE_MAX_CHILDREN 4u
-#define BITMAP_BUCKETS 64u /* of names of bitmaps; clients have had a thousand on a node */
 #define NODE_MAX_DEPTH 64u /* nodes above each other: I/O and the graph's walks recurse */
 
 struct io_file;
@@ -75,6 +74,7 @@ struct tracked_write {
 /* Which bitmaps a write marks; replaced as a whole, read without a lock. */
 struct mark_set {
     unsigned n, cap;
+    struct dirty_bitmap **owner; /* of each of bits; control loop only */
     struct bitmap *bits[];
 };
 
@@ -101,7 +101,8 @@ struct node {
     unsigned n_roots, perm;
 
     struct dirty_bitmap *bitmaps, *last_bitmap;
-    struct dirty_bitmap *by_name[BITMAP_BUCKETS];
+    struct dirty_bitmap **by_name; /* a table of lists, n_buckets of them: a power of two, or 0 */
+    unsigned n_buckets;
     unsigned n_bitmaps;
     struct mark_set *marks; /* changes while the node is quiesced for writes */
     struct node_hook *hooks;

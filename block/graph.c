@@ -288,7 +288,7 @@ static co_fn void node_destroy(struct node *n)
         else
             node_refresh_perm(c, &ignored); /* gives up locks: cannot be refused */
     }
-    mem_free(n->marks);
+    tracker_free(n);
     mem_free(n->parents);
     mem_free(n->filename);
     mem_free(n->state);

@@ -147,14 +147,27 @@ static int marks_reserve(struct node *n, unsigned cap)
     if (n->marks && n->marks->cap >= cap)
         return 0;
     cap = MAX(4u, cap * 2);
+    bool first = !n->marks;
     struct mark_set *s = mem_realloc(n->marks, 1, sizeof *s + cap * sizeof s->bits[0]);
     if (!s)
         return -ENOMEM;
-    if (!n->marks)
-        s->n = 0;
-    s->cap = cap;
+    if (first)
+        *s = (struct mark_set){0};
     n->marks = s;
+    struct dirty_bitmap **owner = mem_realloc(s->owner, cap, sizeof *owner);
+    if (!owner)
+        return -ENOMEM;
+    s->owner = owner;
+    s->cap = cap;
     return 0;
+}
+
+void tracker_free(struct node *n)
+{
+    if (n->marks)
+        mem_free(n->marks->owner);
+    mem_free(n->marks);
+    mem_free(n->by_name);
 }
 
 /* What takes the marks of `b`, or NULL. */
@@ -174,10 +187,11 @@ static void marks_remove(struct dirty_bitmap *b)
     assert(node_is_quiesced(b->node, QUIESCE_WRITES));
     if (!bits)
         return;
-    unsigned i = 0;
-    while (s->bits[i] != bits)
-        i++;
+    unsigned i = b->mark_at;
+    assert(s->bits[i] == bits && s->owner[i] == b);
     s->bits[i] = s->bits[--s->n];
+    s->owner[i] = s->owner[s->n];
+    s->owner[i]->mark_at = i;
 }
 
 static void marks_add(struct dirty_bitmap *b)
@@ -188,6 +202,8 @@ static void marks_add(struct dirty_bitmap *b)
     if (!bits)
         return;
     assert(s->n < s->cap);
+    b->mark_at = s->n;
+    s->owner[s->n] = b;
     s->bits[s->n++] = bits;
 }
 
@@ -209,13 +225,35 @@ static uint32_t hash_name(const char *name)
 
 static struct dirty_bitmap **bucket(struct node *n, uint32_t hash)
 {
-    return &n->by_name[(hash ^ hash >> 16) % BITMAP_BUCKETS];
+    return &n->by_name[(hash ^ hash >> 16) & (n->n_buckets - 1)];
+}
+
+#define BUCKETS_FIRST 16u
+
+/* Clients have had thousands on a node. Without memory to grow it, the table gets slower. */
+static int names_reserve(struct node *n)
+{
+    unsigned more = n->n_buckets ? n->n_buckets * 2 : BUCKETS_FIRST;
+    if (n->n_bitmaps < n->n_buckets)
+        return 0;
+    struct dirty_bitmap **table = mem_calloc(more, sizeof *table);
+    if (!table)
+        return n->n_buckets ? 0 : -ENOMEM;
+    mem_free(n->by_name);
+    n->by_name = table;
+    n->n_buckets = more;
+    for (struct dirty_bitmap *b = n->bitmaps; b; b = b->next) {
+        struct dirty_bitmap **at = bucket(n, b->hash);
+        b->same_bucket = *at;
+        *at = b;
+    }
+    return 0;
 }
 
 static struct dirty_bitmap *find(struct node *n, const char *name)
 {
     uint32_t hash = hash_name(name);
-    struct dirty_bitmap *b = *bucket(n, hash);
+    struct dirty_bitmap *b = n->n_buckets ? *bucket(n, hash) : NULL;
     while (b && (b->hash != hash || strcmp(b->name, name)))
         b = b->same_bucket;
     return b;
@@ -369,6 +407,8 @@ static void link_in(struct dirty_bitmap *b, struct node *n, struct dirty_bitmap 
 int tracker_attach(struct dirty_bitmap *b, struct node *n)
 {
     int r = marks_reserve(n, n->n_bitmaps + 1);
+    if (r == 0)
+        r = names_reserve(n);
     if (r == 0)
         link_in(b, n, n->bitmaps);
     return r;

@@ -36,6 +36,7 @@ struct dirty_bitmap {
     struct dirty_bitmap *next, *prev; /* of the node, newest first */
     uint32_t hash;                    /* of the name */
     struct dirty_bitmap *same_bucket; /* in the node's table of names */
+    unsigned mark_at;                 /* its place in the node's marks, while it has one */
 };
 
 /* What an operation needs of a bitmap. Checked in the contract's order: busy, read-only,
@@ -77,6 +78,8 @@ void dirty_bitmap_abdicate(struct dirty_bitmap *b);
 void dirty_bitmap_reclaim(struct dirty_bitmap *b);
 /* Dirty bytes, in whole granules: what queries call its count. */
 unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b);
+/* The node goes, its bitmaps are gone. */
+void tracker_free(struct node *n);
 /* Give it a new generation. */
 void dirty_bitmap_renew(struct dirty_bitmap *b);
 /* Free contents once every loop has passed a turn. Never fails, never waits. */

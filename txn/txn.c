@@ -19,6 +19,7 @@
 #include "block/node.h"
 #include "block/root.h"
 #include "export/export.h"
+#include "io/io.h"
 #include "job/job.h"
 #include "txn/footprint.h"
 #include "txn/history.h"
@@ -47,7 +48,21 @@ struct txn {
     int stage_failed; /* index of the action, -1: none */
     struct tide_error stage_err;
     struct action_report *report;
+    uint64_t turn_began; /* ns: since when nobody else of the control loop has had a turn */
+    unsigned steps;
 };
+
+#define TURN_NS 1000000u
+#define STEPS_PER_LOOK 16u /* at the clock */
+
+/* A long list is long work: disks that it does not name go on meanwhile. */
+static co_fn void let_others_in(struct txn *t)
+{
+    if (++t->steps % STEPS_PER_LOOK || io_now(t->env->io) - t->turn_began < TURN_NS)
+        return;
+    loop_pause();
+    t->turn_began = io_now(t->env->io);
+}
 
 /* ------------------------------------------------------------------ for actions */
 
@@ -173,6 +188,7 @@ static co_fn void unwind_to(struct txn *t, unsigned done)
         u = TAILQ_LAST(&t->armed, undo_list);
         if (!u || u->action != action)
             probe(t, TXN_UNWOUND, action);
+        let_others_in(t);
     }
 }
 
@@ -185,6 +201,7 @@ static co_fn void succeed(struct txn *t)
     {
         if (u->ops->discard)
             u->ops->discard(u->rec);
+        let_others_in(t);
     }
     probe(t, TXN_DISCARDED, (unsigned)t->n);
     TAILQ_FOREACH (u, &t->armed, link) {
@@ -197,12 +214,13 @@ static co_fn void succeed(struct txn *t)
     }
 }
 
-static co_fn void release(struct undo_list *list, bool undone)
+static co_fn void release(struct txn *t, struct undo_list *list, bool undone)
 {
     while (!TAILQ_EMPTY(list)) {
         struct undo *u = TAILQ_FIRST(list);
         if (u->ops->release)
             u->ops->release(u->rec, undone);
+        let_others_in(t);
         TAILQ_REMOVE(list, u, link);
         mem_free(u);
     }
@@ -337,6 +355,7 @@ static co_fn int prepare_one(struct txn *t, const struct action *a, struct txn_r
 
 static co_fn int prepare_all(struct txn *t, struct txn_result *res, struct tide_error *err)
 {
+    t->turn_began = io_now(t->env->io);
     probe(t, TXN_HELD, 0);
     for (unsigned i = 0; i < t->n; i++) {
         int r = prepare_one(t, &t->actions[i], res, err);
@@ -348,6 +367,7 @@ static co_fn int prepare_all(struct txn *t, struct txn_result *res, struct tide_
             return r;
         }
         probe(t, TXN_PREPARED, i + 1);
+        let_others_in(t);
     }
     return 0;
 }
@@ -420,8 +440,8 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
         res->held_ns = quiesce_age(q);
         quiesce_end(q);
     }
-    release(&t->undone, true);
-    release(&t->armed, false);
+    release(t, &t->undone, true);
+    release(t, &t->armed, false);
     unstage(t);
     footprint_free(&t->footprint);
     return r;

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nobody should send: a clear error or a right result, the daemon up, the state untouched."""
+import json
+import os
+import re
+import socket
+import threading
+
+import pytest
+
+from harness import MiB, Daemon, Qmp, QmpError
+
+BITMAP = 'block-dirty-bitmap-'
+FORMS = ['plain', 'list']
+# Characters of one to four bytes, controls, both directions, a combining one, a name of many bytes.
+WORDS = ['a', ' ', '.', '/', '..', '\n', '\t', "'", '"', '\\', '%s%n', '\u00e9', '\u20ac', '\U0001f4be', 'e\u0301',
+         '\u202eabc', '\u0000', '\x7f', '\ufeff', 'x' * 1022 + 'y', '\u20ac' * 341, '\U0001f4be' * 255 + 'abc']
+
+
+@pytest.fixture(scope='module')
+def daemon():
+    with Daemon() as d:
+        d.add_disk('d0', 4 * MiB)
+        d.add_disk('d1', 4 * MiB)
+        d.add_disk('small', MiB)
+        d.cmd(BITMAP + 'add', node='d0', name='a')
+        d.cmd(BITMAP + 'add', node='d0', name='t', granularity=4096)
+        d.cmd(BITMAP + 'add', node='d1', name='b')
+        d.cmd(BITMAP + 'add', node='small', name='s')
+        yield d
+
+
+def act(kind, **data):
+    return {'type': BITMAP + kind, 'data': {k.replace('_', '-'): v for k, v in data.items()}}
+
+
+def send(d, form, kind, **data):
+    data = {k.replace('_', '-'): v for k, v in data.items()}
+    if form == 'plain':
+        return d.cmd(BITMAP + kind, data)
+    return d.cmd('transaction', actions=[{'type': BITMAP + kind, 'data': data}])
+
+
+def dump(d):
+    nodes = d.cmd('query-named-block-nodes')
+    return nodes, d.cmd('query-jobs'), d.cmd('query-block-exports'), [
+        d.sha256(n['node-name'], b['name']) for n in nodes for b in n.get('dirty-bitmaps', [])]
+
+
+@pytest.fixture
+def d(daemon):
+    """The state has to be afterwards what it was before."""
+    before = dump(daemon)
+    yield daemon
+    assert dump(daemon) == before
+
+
+# ---------------------------------------------------------------- merge
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('source', ['no', {'node': 'd1', 'name': 'no'}, {'node': 'zz', 'name': 'a'}])
+@pytest.mark.parametrize('place', ['alone', 'first', 'middle', 'last'])
+def test_a_missing_source_is_an_error_wherever_it_stands(d, form, source, place):
+    good = ['a', {'node': 'd1', 'name': 'b'}]
+    sources = {'alone': [source], 'first': [source, *good], 'middle': [good[0], source, good[1]],
+               'last': [*good, source]}[place]
+    with pytest.raises(QmpError, match="'(no|zz)'.* not found"):
+        send(d, form, 'merge', node='d0', target='t', bitmaps=sources)
+
+
+@pytest.mark.parametrize('position', range(3))
+def test_a_failing_merge_takes_the_list_with_it(d, position):
+    actions = [act('add', node='d1', name='n1'), act('add', node='d1', name='n2')]
+    actions.insert(position, act('merge', node='d0', target='t', bitmaps=['a', 'no']))
+    e = pytest.raises(QmpError, d.cmd, 'transaction', actions=actions).value
+    assert e.data == {'action': position, 'kind': BITMAP + 'merge', 'phase': 'prepare', 'undone': True}
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('data, why', [
+    ({'target': 'no', 'bitmaps': ['a']}, "'no' on node 'd0' not found"),
+    ({'target': 'no', 'bitmaps': []}, "'no' on node 'd0' not found"),
+    ({'target': 't', 'bitmaps': [{'node': 'small', 'name': 's'}]}, '1048576 bytes.* does not fit .*4194304 bytes'),
+    ({'target': 't', 'bitmaps': ['a'], 'node': 'zz'}, "node 'zz' not found")])
+def test_targets_and_sizes(d, form, data, why):
+    with pytest.raises(QmpError, match=why):
+        send(d, form, 'merge', **{'node': 'd0', **data})
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('sources', [[], ['t'], ['t', 't', 't'], ['a'] * 5000, [{'node': 'd1', 'name': 'b'}, 'a'] * 2500])
+def test_nothing_oneself_and_thousands_are_fine(d, form, sources):
+    send(d, form, 'merge', node='d0', target='t', bitmaps=sources)
+
+
+# ---------------------------------------------------------------- names and numbers
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('word', WORDS, ids=lambda w: ascii(w)[1:13] + str(len(w.encode())))
+def test_any_name_of_up_to_1023_bytes(d, form, word):
+    if '\0' in word:  # a name ends at its first zero byte in every C library
+        with pytest.raises(QmpError):
+            send(d, form, 'add', node='d1', name=word)
+        return
+    send(d, form, 'add', node='d1', name=word)
+    assert d.bitmap('d1', word)['count'] == 0
+    send(d, form, 'rename', node='d1', name=word, new_name='plain')
+    send(d, form, 'rename', node='d1', name='plain', new_name=word)
+    send(d, form, 'copy', node='d1', name='copy', bitmaps=[word])
+    for name in ('copy', word):
+        send(d, form, 'remove', node='d1', name=name)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('kind, data', [
+    ('add', {'name': ''}), ('add', {'name': 'x' * 1024}), ('add', {'name': '\u20ac' * 342}),
+    ('rename', {'name': 'b', 'new_name': ''}), ('rename', {'name': 'b', 'new_name': '\U0001f4be' * 256}),
+    ('copy', {'name': '', 'bitmaps': ['b']}), ('copy', {'name': 'x' * 1024, 'bitmaps': ['b']}),
+    ('clear', {'name': ''}), ('remove', {'name': 'x' * 100000})])
+def test_names_that_are_none(d, form, kind, data):
+    e = pytest.raises(QmpError, send, d, form, kind, node='d1', **data).value
+    assert 'd1' in e.desc or 'longer than 1023 bytes' in e.desc
+    assert len(e.desc) < 400
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('kind', ['add', 'copy'])
+@pytest.mark.parametrize('granularity, fine', [(0, 0), (511, 0), (512, 1), (2 ** 31, 1), (2 ** 32, 0), (-1, 0), (1.5, 0)])
+def test_granularities(d, form, kind, granularity, fine):
+    data = {'node': 'd1', 'name': 'g', 'granularity': granularity, **({'bitmaps': ['b']} if kind == 'copy' else {})}
+    if fine:
+        send(d, form, kind, **data)
+        assert d.bitmap('d1', 'g')['granularity'] == granularity
+        send(d, form, 'remove', node='d1', name='g')
+    else:
+        with pytest.raises(QmpError, match='granularity'):
+            send(d, form, kind, **data)
+
+
+# ---------------------------------------------------------------- shapes
+
+GOOD = act('add', node='d1', name='never')
+
+
+@pytest.mark.parametrize('bad, path', [
+    ({'type': 'nosuch', 'data': {}}, r'actions\[1\].type'), ({'type': 5, 'data': {}}, r'actions\[1\].type'),
+    ({'type': BITMAP + 'add'}, r'actions\[1\].data'), ({'data': {}}, r'actions\[1\].type'),
+    ({**GOOD, 'more': 1}, r'actions\[1\].more'), (act('add', node='d1', name=5), r'actions\[1\].data.name'),
+    (act('add', node='d1', name='x', disabled='yes'), r'actions\[1\].data.disabled'),
+    (act('add', node='d1', name='x', nosuch=1), r'actions\[1\].data.nosuch'), (act('add', node='d1'), r'actions\[1\].data.name'),
+    (act('merge', node='d1', target='x', bitmaps=[{'node': 'd1'}]), r'actions\[1\].data.bitmaps\[0\].name'),
+    (act('merge', node='d1', target='x', bitmaps=['b', [], 'b']), r'actions\[1\].data.bitmaps\[1\]'),
+    (act('copy', node='d1', name='x', bitmaps='b'), r'actions\[1\].data.bitmaps'),
+    ({'type': 'blockdev-backup', 'data': {'job-id': 'j', 'device': 'd0', 'target': 'd1', 'sync': 'full',
+                                          'x-perf': {'max-workers': {}}}}, r'actions\[1\].data.x-perf.max-workers'),
+    ({'type': 'abort', 'data': {'now': True}}, r'actions\[1\].data.now'),
+    ('abort', r'actions\[1\]'), (None, r'actions\[1\]'), ([], r'actions\[1\]')])
+def test_a_wrong_type_deep_inside_is_named_by_its_path(d, bad, path):
+    e = pytest.raises(QmpError, d.cmd, 'transaction', actions=[GOOD, bad]).value
+    assert re.search(path, e.desc), e.desc
+    assert e.data is None
+
+
+@pytest.mark.parametrize('properties, path', [
+    ({'completion-mode': 'both'}, 'properties.completion-mode'), ({'id': 5}, 'properties.id'),
+    ({'dry-run': 'on'}, 'properties.dry-run'), ({'nosuch': 1}, 'properties.nosuch'), ([], 'properties')])
+def test_wrong_properties(d, properties, path):
+    with pytest.raises(QmpError, match=path):
+        d.cmd('transaction', {'actions': [GOOD], 'properties': properties})
+
+
+# ---------------------------------------------------------------- long, slow, dying
+
+def test_a_list_of_100_000_actions(d):
+    adds = [act('add', node='d1', name=f'n{i}') for i in range(100_000)]
+    with pytest.raises(QmpError, match='aborted') as e:
+        d.cmd('transaction', actions=[*adds[:-1], {'type': 'abort', 'data': {}}])
+    assert e.value.data['action'] == 99_999
+    assert [b['name'] for b in d.node('d1')['dirty-bitmaps']] == ['b']
+
+
+def test_a_list_too_long_for_the_monitor_is_an_error(d):
+    """The limit of one message is QEMU's: 2,097,152 tokens."""
+    more = [act('merge', node='d0', target='t', bitmaps=['a', 'a', 'a', 'a']) for _ in range(100_000)]
+    with pytest.raises(QmpError, match='more than 2097152 parts'):
+        d.cmd('transaction', actions=more)
+
+
+def test_a_list_that_arrives_a_byte_at_a_time(d):
+    q = Qmp(d.qmp_path)
+    q.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    text = json.dumps({'execute': 'transaction', 'id': 7, 'arguments': {'actions': [
+        act('add', node='d1', name='\u20ac'), act('remove', node='d1', name='\u20ac')]}}, ensure_ascii=False).encode()
+    for i in range(len(text)):
+        q.sock.send(text[i:i + 1])
+        if i % 50 == 0:  # others are served meanwhile
+            d.cmd('query-version')
+    assert q.reply() == {'return': {}, 'id': 7}
+    q.close()
+
+
+@pytest.mark.parametrize('cut', [0.2, 0.9, 0.999])
+def test_half_a_list_does_nothing(d, cut):
+    q = Qmp(d.qmp_path)
+    text = json.dumps({'execute': 'transaction', 'arguments': {'actions': [act('add', node='d1', name='half')] * 20}})
+    q.sock.sendall(text[:int(len(text) * cut)].encode())
+    q.close()
+    d.cmd('query-version')
+    assert d.bitmap('d1', 'half') is None
+
+
+def test_a_client_that_dies_between_request_and_answer(d):
+    """Its list happens, whole, or not at all."""
+    n = 2000
+    for _ in range(10):
+        q = Qmp(d.qmp_path)
+        q.send({'execute': 'transaction', 'arguments': {'actions': [act('add', node='d1', name=f'x{i}') for i in range(n)]}})
+        os.close(q.sock.detach())
+        assert len(d.node('d1')['dirty-bitmaps']) in (1, n + 1)
+        try:  # it may not have been its turn yet; then this list fails, whole
+            d.cmd('transaction', actions=[act('remove', node='d1', name=f'x{i}') for i in range(n)])
+        except QmpError as e:
+            assert e.data['action'] == 0
+        assert len(d.node('d1')['dirty-bitmaps']) in (1, n + 1)
+    for name in [b['name'] for b in d.node('d1')['dirty-bitmaps'] if b['name'] != 'b']:
+        d.cmd(BITMAP + 'remove', node='d1', name=name)
+
+
+def test_two_clients_with_lists_that_exclude_each_other(d):
+    """All of one or all of the other, every time; who comes second hears why."""
+    clients = [Qmp(d.qmp_path) for _ in range(2)]
+    outcome = [None, None]
+    start = threading.Barrier(2)
+
+    def run(i, order):
+        start.wait()
+        try:
+            clients[i].cmd('transaction', actions=[act('add', node='d1', name=name) for name in order])
+            outcome[i] = True
+        except QmpError as e:
+            assert e.data['undone'] and 'exists already' in e.desc
+            outcome[i] = False
+    for _ in range(50):
+        names = [f'c{i}' for i in range(20)]
+        threads = [threading.Thread(target=run, args=(i, names[::1 - 2 * i])) for i in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert sorted(outcome) == [False, True]
+        rows = [b['name'] for b in d.node('d1')['dirty-bitmaps'] if b['name'] != 'b']
+        assert rows == (names[::-1] if outcome[0] else names)
+        d.cmd('transaction', actions=[act('remove', node='d1', name=n) for n in names])
+    for q in clients:
+        q.close()
