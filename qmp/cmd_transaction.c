@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "block/node.h"
 #include "qmp/dispatch.h"
 #include "qmp/instance.h"
 #include "schema/handlers.h"
@@ -137,13 +138,15 @@ static int run(struct qmp_call *call, const struct action *a, size_t n,
     return r;
 }
 
-static int explain(struct qmp_call *call, const struct action *a, size_t n, json_t **ret,
+static co_fn int explain(struct qmp_call *call, const struct action *a, size_t n, json_t **ret,
                    struct tide_error *err)
 {
     struct footprint_lookup lookup = txn_lookup(&call->inst->txn);
     struct footprint f = {.lookup = &lookup};
+    graph_query_begin(call->inst->graph);
     for (size_t i = 0; i < n; i++)
         action_footprint((int)(a[i].entry - txn_actions), a[i].args, (unsigned)i, &f);
+    graph_query_end(call->inst->graph);
     int r = footprint_explain(&f, EXPLAIN_MAX, ret);
     footprint_free(&f);
     if (r == -E2BIG)
