@@ -139,7 +139,7 @@ static int run(struct qmp_call *call, const struct action *a, size_t n,
 }
 
 static co_fn int explain(struct qmp_call *call, const struct action *a, size_t n, json_t **ret,
-                   struct tide_error *err)
+                         struct tide_error *err)
 {
     struct footprint_lookup lookup = txn_lookup(&call->inst->txn);
     struct footprint f = {.lookup = &lookup};
