@@ -58,8 +58,11 @@ class Subject:
             for node, offset, length in step['writes']:
                 self.handle[node].pwrite(b'\x5a' * length, offset)
             return None
-        m = self.d.qmp.raw(step)
-        self.settle()
+        try:
+            m = self.d.qmp.raw(step)
+            self.settle()
+        except TimeoutError as e:
+            raise AssertionError(f'{self.d.kind} does not answer: {step}') from e
         return m.get('error', {}).get('class')
 
     def settle(self):
