@@ -44,7 +44,7 @@ REASONS = {
 class Subject:
     def __init__(self, daemon):
         self.d = daemon
-        self.handle, self.events, self.forever = {}, {}, set()
+        self.handle, self.forever, self.group_of = {}, set(), {}
         for node, size in SIZES.items():
             daemon.add_disk(node, size)
         for node in SOURCES:
@@ -60,6 +60,9 @@ class Subject:
             return None
         try:
             m = self.d.qmp.raw(step)
+            if 'cancel' in step['execute'] and 'return' in m:  # also who would run for ever ends now
+                job = step['arguments'].get('id', step['arguments'].get('device'))
+                self.forever -= {job, *self.group_of.get(job, ())}
             self.settle()
         except TimeoutError as e:
             raise AssertionError(f'{self.d.kind} does not answer: {step}') from e
@@ -297,8 +300,11 @@ def test_random_sequences(seed):
                 if a['type'] == 'blockdev-backup' and a['data']['job-id'] not in jobs:
                     (maker.forever.add if a['data']['sync'] == 'none' else maker.forever.discard)(a['data']['job-id'])
                     target_of[a['data']['job-id']] = a['data']['target']
+            made = [a['data']['job-id'] for a in actions_of(step) if a['type'] == 'blockdev-backup']
+            grouped = step.get('arguments', {}).get('properties') is not None
             for s in subjects:
-                s.forever = maker.forever
+                s.forever = set(maker.forever)
+                s.group_of.update({j: made if grouped else () for j in made if j not in jobs})
             results = [s.run(step) for s in subjects]
             dumps = [s.dump() for s in subjects]
             events = [s.job_events() for s in subjects]
