@@ -5,6 +5,7 @@ A job with speed=1 copies one unit and then waits for days: that is how tests st
 With max-workers=1 and max-chunk=64 KiB the unit is one granule, and the order is that of the disk.
 """
 import contextlib
+import functools
 import random
 import time
 
@@ -47,7 +48,7 @@ def without_pauses(events):
     for e in events:
         if e == 'S:running' and out and out[-1] == 'S:paused':
             out.pop()
-        elif out[-1:] != [e] or not e.startswith('S:'):
+        elif out[-1:] != [e] or not str(e).startswith('S:'):
             out.append(e)
     return out
 
@@ -70,11 +71,16 @@ def until(what, condition):
         time.sleep(0.005)
 
 
+@functools.lru_cache(4)
+def random_bytes(size, seed):
+    return random.Random(seed).randbytes(size)
+
+
 def fill(path, size, seed=1, offset=0):
     """Random bytes without a zero granule."""
     with open(path, 'r+b') as f:
         f.seek(offset)
-        f.write(random.Random(seed).randbytes(size))
+        f.write(random_bytes(size, seed))
 
 
 def content(path):
