@@ -5,6 +5,7 @@ import os
 import pytest
 
 import harness
+from contract_tools import Sides
 from harness import Daemon
 
 
@@ -42,3 +43,29 @@ def qmp(common):
     client = common.client()
     yield client
     client.close()
+
+
+@pytest.fixture(scope='module')
+def kept_sides():
+    """[the daemons of the last test of this module], or nothing where it failed."""
+    kept = []
+    yield kept
+    for s in kept:
+        s.end()
+
+
+@pytest.fixture
+def sides(kept_sides, request):
+    """Our daemon and the reference, with nothing on them. They outlive the test unless it fails."""
+    s = kept_sides.pop() if kept_sides else Sides()
+    failed = request.session.testsfailed
+    yield s
+    if request.session.testsfailed > failed:
+        s.kill()
+        return
+    try:
+        s.wipe()
+    except BaseException:
+        s.kill()
+        raise
+    kept_sides.append(s)
