@@ -57,6 +57,7 @@ def stages():
         pytest('threads', 'build-tsan', 'tests/interop', 'tests/system/test_cbw.py',
                'tests/system/test_transaction.py', 'tests/system/test_slow_disk.py',
                'tests/system/test_block_path.py::test_parts_of_a_block_written_at_once', NO_GUEST),
+        Stage('model', ['model/run', *([] if LONG else ['--quick'])], limit=hours),
         Stage('fuzz', ['scripts/fuzz.sh', '600' if LONG else '10'], limit=hours),
         Stage('demo', ['./run']),
         Stage('bench', ['bench/run', '--quick', '--peer', 'tidemarkd,qsd,no-server', '--cases',

@@ -7,7 +7,7 @@ packages_run='e2fsprogs qemu-utils python3-libnbd libnbd-bin'
 packages_check='libcmocka-dev libseccomp-dev clang libclang-rt-14-dev clang-format clang-tidy
   gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user qemu-system-common nbdkit fio scdoc
   python3-pytest python3-hypothesis strace procps jq fuse3 nbd-client qemu-system-x86
-  linux-image-cloud-amd64 busybox-static syslinux syslinux-common mtools'
+  linux-image-cloud-amd64 busybox-static syslinux syslinux-common mtools spin'
 
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 

@@ -191,7 +191,7 @@ def check_spdx():
     """Every source file says its licence in one of its first three lines."""
     for path in FILES:
         name = os.path.basename(path)
-        source = path.endswith(('.c', '.h', '.S', '.py', '.sh', '.toml', '.scd')) or \
+        source = path.endswith(('.c', '.h', '.S', '.py', '.sh', '.toml', '.scd', '.pml')) or \
             name in ('meson.build', 'meson_options.txt', 'Makefile', '.clang-tidy')
         if (source or read(path).startswith('#!')) and SPDX not in '\n'.join(
                 read(path).split('\n')[:3]):
@@ -314,7 +314,7 @@ def global_line(path, name):
 # ---------------------------------------------------------------------- documents
 
 DOCUMENTS = [f for f in FILES if f == 'README.md' or fnmatch.fnmatch(f, 'docs/*.md') or
-             f == 'bench/README.md']
+             f in ('bench/README.md', 'model/README.md')]
 TOP = set(TOP_FOLDERS) | {f for f in FILES if '/' not in f}
 MADE = re.compile(r'^(?:\./)?build(-\w+)?(/|$)')  # by the build: not there in a fresh checkout
 
