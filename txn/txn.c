@@ -419,8 +419,6 @@ static co_fn int run_held(struct txn *t, struct txn_result *res, struct tide_err
         unwind_to(t, 0);
     else
         succeed(t);
-    if (r < 0 && !t->props->dry_run)
-        remember_failure(t, res, err);
     return r;
 }
 
@@ -444,6 +442,8 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
     release(t, &t->armed, false);
     unstage(t);
     footprint_free(&t->footprint);
+    if (r < 0 && !t->props->dry_run)
+        remember_failure(t, res, err); /* the lock is enough: guests need not wait for this */
     return r;
 }
 
