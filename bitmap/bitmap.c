@@ -21,6 +21,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 
 #include "base/log.h"
@@ -29,7 +30,7 @@
 
 /* ---- pages ---- */
 
-static struct page *page_alloc(void)
+struct page *page_new(void)
 {
     struct page *pg = mem_aligned(alignof(struct page), sizeof *pg);
     if (!pg)
@@ -41,7 +42,7 @@ static struct page *page_alloc(void)
 
 struct page *page_new_zero(void)
 {
-    struct page *pg = page_alloc();
+    struct page *pg = page_new();
     if (pg)
         memset(pg->word, 0, sizeof pg->word);
     return pg;
@@ -60,20 +61,18 @@ struct page *page_new_ones(unsigned n_bits)
 
 struct page *page_new_copy(const struct page *from)
 {
-    struct page *pg = page_alloc();
+    struct page *pg = page_new();
     if (pg)
         atomic_init(&pg->n_set,
                     (int)bitmap_kernels()->copy_count(pg->word, from->word, PAGE_WORDS));
     return pg;
 }
 
-struct page *page_new_or(const struct page *a, const struct page *b)
+unsigned page_or(struct page *to, const struct page *a, const struct page *b)
 {
-    struct page *pg = page_alloc();
-    if (pg)
-        atomic_init(&pg->n_set,
-                    (int)bitmap_kernels()->or_count(pg->word, a->word, b->word, PAGE_WORDS));
-    return pg;
+    uint64_t n = bitmap_kernels()->or_count(to->word, a->word, b->word, PAGE_WORDS);
+    atomic_store_explicit(&to->n_set, (int)n, memory_order_relaxed);
+    return (unsigned)n;
 }
 
 void page_get(struct page *pg)
@@ -157,20 +156,41 @@ struct dir *dir_new(uint64_t n_bits)
     return d;
 }
 
+bool budget_take(unsigned *budget)
+{
+    if (!*budget)
+        return false;
+    --*budget;
+    return true;
+}
+
 /* Recursion: at most one call for each level, of which there are four. */
+bool slot_free_some(bitmap_slot *s, unsigned level, unsigned *budget)
+{
+    uintptr_t v = atomic_load_explicit(s, memory_order_relaxed);
+    if (slot_is_table(level, v)) {
+        struct table *t = slot_table(v);
+        for (unsigned i = 0; i < TABLE_SLOTS; i++)
+            if (!slot_free_some(&t->slot[i], level - 1, budget))
+                return false;
+        if (!budget_take(budget))
+            return false;
+        mem_free(t);
+    } else if (slot_page(v)) {
+        if (!budget_take(budget))
+            return false;
+        page_put(slot_page(v));
+    }
+    atomic_store_explicit(s, 0, memory_order_relaxed);
+    return true;
+}
+
 void dir_free_subtree(unsigned level, uintptr_t v)
 {
-    if (!slot_is_table(level, v)) {
-        page_put(slot_page(v));
-        return;
-    }
-    struct table *t = slot_table(v);
-    for (unsigned i = 0; i < TABLE_SLOTS; i++) {
-        uintptr_t w = atomic_load(&t->slot[i]);
-        if (w)
-            dir_free_subtree(level - 1, w);
-    }
-    mem_free(t);
+    bitmap_slot s;
+    unsigned all = UINT_MAX;
+    atomic_init(&s, v);
+    slot_free_some(&s, level, &all);
 }
 
 uint64_t bitmap_bits(uint64_t size, unsigned shift)
@@ -206,15 +226,24 @@ int bitmap_new(uint64_t size, unsigned shift, struct bitmap **out)
     return 0;
 }
 
-void bitmap_free(struct bitmap *b)
+bool bitmap_free_some(struct bitmap *b, unsigned *budget)
 {
-    if (!b)
-        return;
     struct dir *d = atomic_load(&b->dir);
     for (unsigned i = 0; i < d->n_root; i++)
-        dir_free_subtree(d->top, atomic_load(&d->root[i]));
+        if (!slot_free_some(&d->root[i], d->top, budget))
+            return false;
+    if (!budget_take(budget))
+        return false;
     mem_free(d);
     mem_free(b);
+    return true;
+}
+
+void bitmap_free(struct bitmap *b)
+{
+    unsigned all = UINT_MAX;
+    if (b)
+        bitmap_free_some(b, &all);
 }
 
 uint64_t bitmap_size(const struct bitmap *b)

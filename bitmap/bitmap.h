@@ -37,8 +37,12 @@ void bitmap_retired_free(struct bitmap_retired *r); /* control loop, after the g
  * -ENOMEM; -E2BIG: more than BITMAP_BITS_MAX bits (bitmap_min_shift says what works); -EINVAL: size
  * or shift out of range. */
 int bitmap_new(uint64_t size, unsigned shift, struct bitmap **out);
-/* May take long for a dense one (it visits every page it owns). NULL is fine. Nobody reads it. */
+/* Nobody reads it any more. NULL is fine. Takes long for a dense one, for it visits every page. */
 void bitmap_free(struct bitmap *b);
+/* The same in pieces: every page, every table, and the bitmap itself take one from *budget. True:
+ * it is gone. False: the budget is; until it is called again with more, nothing else may be done.
+ */
+bool bitmap_free_some(struct bitmap *b, unsigned *budget);
 unsigned bitmap_min_shift(uint64_t size);
 
 uint64_t bitmap_size(const struct bitmap *b);
@@ -78,18 +82,36 @@ void bitmap_pack(const struct bitmap *b,
 
 /* ---- control loop, nobody can mark the bitmaps involved (sources included) ----
  * bitmap_set_all and bitmap_merge give replaced pages back at once, so nobody on another thread may
- * *read* their target either: where that could be, do it in a clone and swap. The others leave the
- * pages of their arguments where readers find them. */
+ * *read* their target either. The others, the undoable merge among them, leave the pages of their
+ * arguments where readers find them. */
 
 /* Exchange contents. Both have the same size and granularity. O(1), cannot fail: clear, freeze and
  * undo are this. */
 void bitmap_swap(struct bitmap *a, struct bitmap *b);
 /* Every block dirty. Takes no memory and gives back what the bitmap had. Always 0. */
 int bitmap_set_all(struct bitmap *b);
-/* dst |= src, rounded outward when granularities differ; same size in bytes. Replaces pages of dst
- * in place (not undoable): to be able to undo, merge into a bitmap_clone and swap. -ENOMEM: as with
- * mark, dst holds all of src and more than that. Shares pages when shapes are equal. */
+/* dst |= src, rounded outward when granularities differ; same size in bytes. Not undoable. -ENOMEM:
+ * as with mark, dst holds all of src and more than that. Shares pages when shapes are equal. */
 int bitmap_merge(struct bitmap *dst, struct bitmap *src);
+
+/* The same, in a way that can be taken back: pages of dst are replaced, never written, and the undo
+ * log remembers which. Several merges, into the same or other targets, may go to one log. Work and
+ * memory are in proportion to the pages that change, and the granularities' being different.
+ * -ENOMEM: dst holds something in between; unwind the log.
+ *
+ * After merging, bitmaps that are in a log may be changed by everything that is undone before the
+ * log is unwound; marking is not. Once nobody will unwind it, nothing binds them, and they may even
+ * be freed before the log. Pages in the log are given back by bitmap_undo_free_some(), after the
+ * grace round if somebody may have been reading. */
+struct bitmap_undo;
+int bitmap_undo_new(struct bitmap_undo **out); /* -ENOMEM */
+int bitmap_merge_undoable(struct bitmap *dst, struct bitmap *src, struct bitmap_undo *u);
+/* The targets are what they were before the first merge. Once. Cannot fail, takes no memory. */
+void bitmap_undo_unwind(struct bitmap_undo *u);
+/* Unwound or not: as bitmap_free_some. */
+bool bitmap_undo_free_some(struct bitmap_undo *u, unsigned *budget);
+/* A word for whoever holds it in a list. */
+struct bitmap_undo **bitmap_undo_link(struct bitmap_undo *u);
 /* A second bitmap with the same bits, sharing every page. O(tables + pages). */
 int bitmap_clone(struct bitmap *b, struct bitmap **out);
 /* Another granularity, rounded outward. -ENOMEM, -E2BIG, -EINVAL as in bitmap_new. */

@@ -169,8 +169,9 @@ static void own_region(struct loop *l)
         break;
     }
     case 1:
-        if (bitmap_unmark(g.a, off, n << SHIFT, &l->retired) == 0)
-            memset(l->own + i, 0, n);
+        /* Without memory some of them stay: then both answers are right. */
+        bitmap_unmark(g.a, off, n << SHIFT, &l->retired);
+        memset(l->own + i, 0, n);
         break;
     default: {
         int t = bitmap_take(g.a, off, &l->retired);
@@ -243,8 +244,9 @@ static void reopen(void)
     atomic_store(&g.closed, 0);
 }
 
-/* One grace round, then what was retired before it, and a bitmap that readers might have seen. */
-static void reap(struct bitmap *old)
+/* One grace round, then what was retired before it, and what readers might have seen: a bitmap, and
+ * what merges have replaced. */
+static void reap(struct bitmap *old, struct bitmap_undo *undo)
 {
     struct bitmap_retired r = {0};
     spin_lock(&g.mailbox_lock);
@@ -256,6 +258,8 @@ static void reap(struct bitmap *old)
             sched_yield();
     bitmap_retired_free(&r);
     bitmap_free(old);
+    while (undo && !bitmap_undo_free_some(undo, &(unsigned){20}))
+        sched_yield();
 }
 
 static unsigned long n_lost, n_miscounted, n_rounds;
@@ -314,14 +318,23 @@ static struct bitmap *replace_b(void)
     return c;
 }
 
-/* b |= a, in a clone, and the other way for the readers of a: all see whole pages only. */
-static struct bitmap *merge_into_b(void)
+/* a |= what b had, b |= a, and now and then it is taken back; all under the eyes of the reader. */
+static struct bitmap_undo *merge_both(bool back)
 {
-    struct bitmap *c;
-    must(bitmap_clone(g.b, &c));
-    must(bitmap_merge(c, g.a));
-    bitmap_swap(g.b, c);
-    return c;
+    struct bitmap_undo *u;
+    must(bitmap_undo_new(&u));
+    uint8_t *own = g.loop[0].own;
+    uint64_t n = bitmap_count(g.a) + bitmap_count(g.b);
+    for (uint64_t i = 0; !back && i < OWN_BLOCKS; i++)
+        own[i] |= bitmap_test(g.b, (OWN_BASE + i) << SHIFT);
+    must(bitmap_merge_undoable(g.a, g.b, u));
+    must(bitmap_merge_undoable(g.b, g.a, u));
+    n_miscounted += bits_by_runs(g.a) != bits_by_runs(g.b);
+    if (back) {
+        bitmap_undo_unwind(u);
+        n_miscounted += bitmap_count(g.a) + bitmap_count(g.b) != n;
+    }
+    return u;
 }
 
 /* The bits go to a job and a empty successor records; later they come back by a merge. */
@@ -410,6 +423,7 @@ static unsigned long litmus(double seconds)
 static void round_once(struct bitmap **frozen, uint64_t *seed)
 {
     struct bitmap *old = NULL;
+    struct bitmap_undo *undo = NULL;
     quiesce();
     check();
     switch (rnd(seed) % 8) {
@@ -422,7 +436,7 @@ static void round_once(struct bitmap **frozen, uint64_t *seed)
         break;
     case 3:
     case 4:
-        old = merge_into_b();
+        undo = merge_both(rnd(seed) % 2);
         break;
     case 5:
         must(bitmap_merge(g.b, g.a)); /* in place: nobody reads b */
@@ -439,7 +453,7 @@ static void round_once(struct bitmap **frozen, uint64_t *seed)
         bitmap_free(*frozen);
         *frozen = NULL;
     }
-    reap(old); /* while the markers run */
+    reap(old, undo); /* while the markers run */
     n_rounds++;
 }
 
@@ -484,7 +498,7 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < N_LOOPS; i++)
         pthread_join(t[i], NULL);
     check();
-    reap(frozen);
+    reap(frozen, NULL);
     bitmap_free(g.a);
     bitmap_free(g.b);
     mem_free(g.truth);

@@ -432,6 +432,136 @@ static void random_against_model(void **state)
     }
 }
 
+/* ---- lists of changes, taken back or kept ---- */
+
+/* What an action of a list has done to bitmap i, and how to take it back. */
+struct change {
+    struct bitmap_undo *undo; /* a merge */
+    struct bitmap *old;       /* a clear; or the other side of a swap */
+    unsigned i, j;
+    enum { MERGED, CLEARED, SWAPPED } kind;
+    struct model before[2]; /* of i, and of j for a swap */
+};
+
+#define LIST 12u
+
+static void change_undo(struct world *w, struct change *c)
+{
+    if (c->kind == MERGED)
+        bitmap_undo_unwind(c->undo);
+    else if (c->kind == CLEARED)
+        bitmap_swap(w->b[c->i], c->old);
+    else
+        bitmap_swap(w->b[c->i], w->b[c->j]);
+    *w->m[c->i] = c->before[0];
+    *w->m[c->j] = c->before[1];
+}
+
+/* In pieces of a random size. */
+static void change_free(struct change *c)
+{
+    if (c->undo)
+        while (!bitmap_undo_free_some(c->undo, &(unsigned){1 + (unsigned)rnd(5)}))
+            ;
+    if (c->old)
+        while (!bitmap_free_some(c->old, &(unsigned){1 + (unsigned)rnd(5)}))
+            ;
+}
+
+/* Up to three sources, now and then the target itself, now and then one of another granularity. */
+static void change_merge(struct world *w, struct change *c)
+{
+    static struct model m;
+    c->kind = MERGED;
+    assert_int_equal(bitmap_undo_new(&c->undo), 0);
+    for (uint64_t n = 1 + rnd(3); n; n--) {
+        unsigned j = (unsigned)rnd(N), shift = w->shape.shift;
+        struct bitmap *b = w->b[j];
+        if (!rnd(3)) {
+            shift = BITMAP_SHIFT_MIN + (unsigned)rnd(BITMAP_SHIFT_MAX - BITMAP_SHIFT_MIN + 1);
+            shift = MAX(shift, bitmap_min_shift(w->shape.size));
+            assert_int_equal(bitmap_convert(w->b[j], shift, &b), 0);
+        }
+        m = (struct model){.size = w->shape.size, .shift = shift};
+        model_merge(&m, w->m[j]);
+        assert_int_equal(bitmap_merge_undoable(w->b[c->i], b, c->undo), 0);
+        model_merge(w->m[c->i], &m);
+        if (b != w->b[j]) {
+            check(b, &m); /* the source stays */
+            bitmap_free(b);
+        }
+    }
+}
+
+static void change_do(struct world *w, struct change *c)
+{
+    memset(c, 0, offsetof(struct change, before));
+    c->i = c->j = (unsigned)rnd(N);
+    c->before[0] = *w->m[c->i];
+    switch (rnd(5)) {
+    case 0:
+        c->kind = CLEARED;
+        assert_int_equal(bitmap_new(w->shape.size, w->shape.shift, &c->old), 0);
+        bitmap_swap(w->b[c->i], c->old);
+        w->m[c->i]->n = 0;
+        break;
+    case 1:
+        c->kind = SWAPPED;
+        c->j = (unsigned)rnd(N);
+        bitmap_swap(w->b[c->i], w->b[c->j]);
+        *w->m[c->i] = *w->m[c->j];
+        if (c->i != c->j) {
+            c->before[1] = *w->m[c->j];
+            *w->m[c->j] = c->before[0];
+            return;
+        }
+        break;
+    default:
+        change_merge(w, c);
+    }
+    c->before[1] = c->before[0];
+}
+
+/* Taken back as a whole or from somewhere on; then everything is marked and cleaned as if nothing
+ * had been, and what the list has replaced goes before, after, or while that happens. */
+static void list_once(struct world *w)
+{
+    static struct change list[LIST];
+    unsigned n = 1 + (unsigned)rnd(LIST), kept = rnd(3) ? 0 : (unsigned)rnd(n + 1);
+    for (unsigned k = 0; k < n; k++) {
+        change_do(w, &list[k]);
+        for (unsigned i = 0; i < N; i++)
+            check(w->b[i], w->m[i]);
+    }
+    for (unsigned k = n; k-- > kept;) {
+        change_undo(w, &list[k]);
+        for (unsigned i = 0; i < N; i++)
+            check(w->b[i], w->m[i]);
+    }
+    for (unsigned k = n; k-- > 0;) { /* discards go last to first */
+        if (rnd(2))
+            step(w);
+        change_free(&list[k]);
+        for (unsigned i = 0; i < N; i++)
+            check(w->b[i], w->m[i]);
+    }
+}
+
+static void random_lists_taken_back(void **state)
+{
+    for (unsigned s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        struct world w;
+        seed = 2000003 * (s + 1);
+        world_init(&w, &shapes[s]);
+        for (unsigned k = 0; k < 10; k++) {
+            for (unsigned j = 0; j < 8; j++)
+                step(&w);
+            list_once(&w);
+        }
+        world_fini(&w);
+    }
+}
+
 /* ---- what is easier to see than to draw by lot ---- */
 
 static struct bitmap *make(uint64_t size, unsigned shift)
@@ -599,6 +729,98 @@ static void merge_shares_and_collapses(void **state)
     bitmap_free(a);
     bitmap_free(b);
     bitmap_free(c);
+    bitmap_retired_free(&r);
+}
+
+static void undo_free(struct bitmap_undo *u)
+{
+    assert_true(bitmap_undo_free_some(u, &(unsigned){1000000}));
+}
+
+/* A table, a page of its own, a shared page, ones in the place of a table and of a page: each is
+ * there again, and what was its own may be written in place again. */
+static void an_undone_merge_leaves_nothing_behind(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t page = PAGE << 16, table = page * 512;
+    struct bitmap *a = make(8 * table, 16), *b = make(8 * table, 16), *keep;
+    bitmap_mark(a, 3 * page, 1, &r);
+    assert_int_equal(bitmap_clone(a, &keep), 0); /* that page is shared */
+    bitmap_mark(a, 5 * page, 1, &r);             /* its own */
+    bitmap_mark(a, 2 * table + page, 1, &r);
+    size_t before = bitmap_memory(a);
+    bitmap_mark(b, 3 * page + 65536, 1, &r);
+    bitmap_mark(b, 5 * page + 65536, 1, &r);
+    bitmap_mark(b, table, 1, &r);         /* a table that a has not */
+    bitmap_mark(b, 2 * table, table, &r); /* ones in the place of a table */
+    bitmap_mark(b, 7 * page, page, &r);
+    struct bitmap_undo *u;
+    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
+    assert_int_equal(bitmap_count(a), 4 + 1 + 512 * PAGE + PAGE);
+    unsigned long n = mem_fail_after(1); /* unwinding asks for no memory */
+    bitmap_undo_unwind(u);
+    n = mem_fail_after(0);
+    assert_int_equal(n, 0);
+    assert_int_equal(bitmap_memory(a), before);
+    assert_int_equal(bitmap_count(a), 3);
+    undo_free(u);
+    bitmap_mark(a, 5 * page + 2 * 65536, 1, &r);
+    assert_int_equal(r.n, 0); /* in place */
+    bitmap_mark(a, 3 * page + 2 * 65536, 1, &r);
+    assert_int_equal(r.n, 1); /* in a copy */
+    assert_int_equal(bitmap_count(keep), 1);
+    bitmap_free(a);
+    bitmap_free(b);
+    bitmap_free(keep);
+    bitmap_retired_free(&r);
+}
+
+/* What a merge costs is in what it allocates: nothing for what the target has already. */
+static void merge_makes_only_what_differs(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t page = PAGE << 16;
+    struct bitmap *a = make(256 * TIB, 16), *b = make(256 * TIB, 16);
+    for (uint64_t i = 0; i < 4096; i++) {
+        bitmap_mark(a, i * page, 2 * 65536, &r);
+        bitmap_mark(b, i * page, i == 77 || i == 99 ? 3 * 65536 : 65536, &r);
+    }
+    struct bitmap_undo *u;
+    assert_int_equal(bitmap_undo_new(&u), 0);
+    mem_fail_after(0);
+    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
+    /* A note for each, in one chunk; a page to try in. Both pages are the source's. */
+    assert_true(mem_fail_after(0) <= 2);
+    assert_int_equal(bitmap_count(a), 4096 * 2 + 2);
+    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
+    assert_true(mem_fail_after(0) <= 2);
+    undo_free(u);
+    bitmap_free(a);
+    bitmap_free(b);
+    bitmap_retired_free(&r);
+}
+
+static void big_ones_are_freed_in_pieces(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t page = PAGE << 16;
+    struct bitmap *a = make(256 * TIB, 16), *b = make(256 * TIB, 16);
+    for (uint64_t i = 0; i < 3000; i++) {
+        bitmap_mark(a, i * page, 1, &r);
+        bitmap_mark(b, i * page + 65536, 1, &r);
+    }
+    struct bitmap_undo *u;
+    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
+    unsigned n = 1;
+    while (!bitmap_undo_free_some(u, &(unsigned){100}))
+        n++;
+    assert_in_range(n, 30, 32);
+    for (n = 1; !bitmap_free_some(a, &(unsigned){100});)
+        n++;
+    assert_in_range(n, 30, 32); /* the pages, and six tables */
+    bitmap_free(b);
     bitmap_retired_free(&r);
 }
 
@@ -822,6 +1044,60 @@ static void every_allocation_fails_once(void **state)
     }
 }
 
+/* Two merges, one of another granularity, into a log that has one already; the n-th allocation
+ * fails. True: it did. */
+static bool undoable_starved(unsigned long n)
+{
+    struct bitmap_retired r = {0};
+    struct bitmap *a, *b, *keep, *other, *first, *then;
+    struct bitmap_undo *u;
+    make_pair(&a, &b, &keep, &r);
+    bitmap_mark(b, 520 * (PAGE << 12), 1, &r); /* a table that a has not */
+    assert_int_equal(bitmap_convert(b, 13, &other), 0);
+    bitmap_mark(other, 400 * (PAGE << 12), 1, &r);
+    first = make(SIZE, 12);
+    bitmap_mark(first, 2 * (PAGE << 12) + 5 * 4096, 1, &r);
+    assert_int_equal(bitmap_clone(a, &then), 0);
+    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_merge_undoable(a, first, u), 0);
+    mem_fail_after(n);
+    int e = bitmap_merge_undoable(a, b, u);
+    if (e == 0)
+        e = bitmap_merge_undoable(a, other, u);
+    bool hit = mem_fail_after(0) >= n;
+    assert_int_equal(e, hit ? -ENOMEM : 0);
+    if (!hit) {
+        assert_contains(a, b);
+        assert_contains(a, other);
+    }
+    bitmap_undo_unwind(u);
+    assert_contains(a, then);
+    assert_contains(then, a);
+    assert_int_equal(bitmap_count(a), bitmap_count(then));
+    assert_int_equal(bitmap_memory(a), bitmap_memory(then));
+    undo_free(u);
+    assert_int_equal(bitmap_count(keep), 3);
+    for (uint64_t off = 4096; off < SIZE; off += PAGE << 12)
+        assert_true(bitmap_take(a, off, &r) >= 0 && bitmap_take(b, off, &r) >= 0);
+    struct bitmap *all[] = {a, b, keep, other, first, then};
+    for (unsigned i = 0; i < 6; i++)
+        bitmap_free(all[i]);
+    bitmap_retired_free(&r);
+    return hit;
+}
+
+static void undoable_merge_without_memory(void **state)
+{
+    unsigned long n = 1;
+    while (undoable_starved(n))
+        n++;
+    assert_true(n > 5 && n < 1000);
+    struct bitmap_undo *u;
+    mem_fail_after(1);
+    assert_int_equal(bitmap_undo_new(&u), -ENOMEM);
+    mem_fail_after(0);
+}
+
 /* Without memory the tail becomes all ones and no bit past the end shows. */
 static void starved_tail_stays_inside_the_disk(void **state)
 {
@@ -879,11 +1155,16 @@ int main(void)
         cmocka_unit_test(memory_is_small),
         cmocka_unit_test(shared_pages_are_counted_once_each_side),
         cmocka_unit_test(merge_shares_and_collapses),
+        cmocka_unit_test(an_undone_merge_leaves_nothing_behind),
+        cmocka_unit_test(merge_makes_only_what_differs),
+        cmocka_unit_test(big_ones_are_freed_in_pieces),
         cmocka_unit_test(pack_of_nothing_is_one_call),
         cmocka_unit_test(every_allocation_fails_once),
+        cmocka_unit_test(undoable_merge_without_memory),
         cmocka_unit_test(starved_tail_stays_inside_the_disk),
         cmocka_unit_test(kernels_agree),
         cmocka_unit_test(random_against_model),
+        cmocka_unit_test(random_lists_taken_back),
     };
     return cmocka_run_group_tests_name("bitmap", tests, NULL, NULL);
 }

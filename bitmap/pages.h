@@ -138,18 +138,36 @@ static inline uint64_t word_mask(unsigned i, unsigned from, unsigned to)
 struct page *page_new_zero(void);
 struct page *page_new_ones(unsigned n_bits);
 struct page *page_new_copy(const struct page *from); /* SHARED, or nobody writes to it */
-struct page *page_new_or(const struct page *a, const struct page *b); /* likewise */
+struct page *page_new(void);                         /* the words hold anything: for page_or */
+/* to = a | b, either of which may be `to`; nobody writes to any of them. How many bits that is. */
+unsigned page_or(struct page *to, const struct page *a, const struct page *b);
 /* Set or clear [from, to) of a page; how many bits turned. Any thread, also in pages in use. */
 unsigned page_set(struct page *pg, unsigned from, unsigned to);
 unsigned page_clear(struct page *pg, unsigned from, unsigned to);
 void page_get(struct page *pg);
 void page_put(struct page *pg); /* NULL is fine */
 
+/* Exact only while nobody marks or cleans. */
+static inline unsigned page_count(const struct page *pg)
+{
+    return (unsigned)atomic_load_explicit(&pg->n_set, memory_order_relaxed);
+}
+
+/* How many bits of the page that begins with bit `base` are on the disk. */
+static inline unsigned dir_valid_bits(const struct dir *d, uint64_t base)
+{
+    return (unsigned)MIN(PAGE_BITS, d->n_bits - base);
+}
+
 /* `fill` is what all slots hold: 0 or SLOT_ONES. NULL: no memory. */
 struct table *table_new(uintptr_t fill);
 struct dir *dir_new(uint64_t n_bits);
 /* Give back what hangs on a slot; the slot itself stays as it is. */
 void dir_free_subtree(unsigned level, uintptr_t v);
+/* The same piece by piece, and the slot is empty then. False: no budget is left; call again. A page
+ * or a table takes one. */
+bool slot_free_some(bitmap_slot *s, unsigned level, unsigned *budget);
+bool budget_take(unsigned *budget); /* one; false: there was none */
 /* Hang a page, which is the directory's then, in the empty place that begins with bit `base`;
  * nobody else uses the directory. An empty page is not kept. -ENOMEM: the page is freed. */
 int dir_adopt(struct dir *d, uint64_t base, struct page *pg);
@@ -162,6 +180,10 @@ struct change {
     bool starved; /* memory was short: too much is set, or not all is cleared */
 };
 void dir_mark(struct dir *d, uint64_t from, uint64_t to, struct change *c); /* bits [from, to) */
+
+/* dst |= src, run by run, rounded outward, cut at the end of dst. -ENOMEM: as with marking. */
+int dir_copy_runs(struct dir *dst, unsigned dst_shift, const struct dir *src, unsigned src_shift,
+                  struct bitmap_retired *r);
 
 /* The first bit in [from, to) that is set (or clear), or `to`. */
 uint64_t dir_next(const struct dir *d, uint64_t from, uint64_t to, bool set);

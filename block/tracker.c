@@ -12,6 +12,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 
 #include "base/bytes.h"
@@ -22,12 +23,14 @@
 #include "io/io.h"
 
 #define RETIRED_KICK 64u
+#define REAP_PAGES 1024u /* at a stretch: a fraction of a millisecond */
 
 /* ------------------------------------------------------------------ the reaper */
 
 struct reaper {
     struct graph *graph;
     struct bitmap *pending; /* linked by bitmap_link */
+    struct bitmap_undo *pending_undo;
     struct io_event kick;
     bool running, stop;
     struct io_event stopped;
@@ -44,22 +47,44 @@ static void collect_here(void *arg)
     bitmap_retired_move(&c->batch, &c->graph->loop[loop_index(loop_self())].retired);
 }
 
+static co_fn void reap_pause(unsigned *budget)
+{
+    loop_pause();
+    *budget = REAP_PAGES;
+}
+
+/* A dense bitmap of a large disk takes milliseconds to free: others get their turn in between. */
+static co_fn void reap(struct bitmap *bits, struct bitmap_undo *undo)
+{
+    unsigned budget = REAP_PAGES;
+    while (bits) {
+        struct bitmap *next = *bitmap_link(bits);
+        while (!bitmap_free_some(bits, &budget))
+            reap_pause(&budget);
+        bits = next;
+    }
+    while (undo) {
+        struct bitmap_undo *next = *bitmap_undo_link(undo);
+        while (!bitmap_undo_free_some(undo, &budget))
+            reap_pause(&budget);
+        undo = next;
+    }
+}
+
 /* Collect what every loop replaced, wait until nobody can look at it any more, free it. */
 static co_fn void reap_round(struct reaper *rp)
 {
     struct graph *g = rp->graph;
     struct collect c = {.graph = g};
     struct bitmap *list = rp->pending;
+    struct bitmap_undo *undo = rp->pending_undo;
     rp->pending = NULL;
+    rp->pending_undo = NULL;
     for (unsigned i = 0; i < io_n_loops(g->io); i++)
         loop_call(io_loop(g->io, i), collect_here, &c);
     io_grace(g->io);
     bitmap_retired_free(&c.batch);
-    while (list) {
-        struct bitmap *next = *bitmap_link(list);
-        bitmap_free(list);
-        list = next;
-    }
+    reap(list, undo);
 }
 
 static void reaper_main(void *arg)
@@ -93,6 +118,11 @@ void reaper_free(struct graph *g)
         bitmap_free(rp->pending);
         rp->pending = next;
     }
+    while (rp->pending_undo) {
+        struct bitmap_undo *next = *bitmap_undo_link(rp->pending_undo);
+        bitmap_undo_free_some(rp->pending_undo, &(unsigned){UINT_MAX});
+        rp->pending_undo = next;
+    }
     mem_free(rp);
 }
 
@@ -119,6 +149,15 @@ void graph_bitmap_free_later(struct graph *g, struct bitmap *bits)
         return;
     *bitmap_link(bits) = g->reaper->pending;
     g->reaper->pending = bits;
+    io_event_set(&g->reaper->kick);
+}
+
+void graph_undo_free_later(struct graph *g, struct bitmap_undo *u)
+{
+    if (!u)
+        return;
+    *bitmap_undo_link(u) = g->reaper->pending_undo;
+    g->reaper->pending_undo = u;
     io_event_set(&g->reaper->kick);
 }
 

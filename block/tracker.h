@@ -19,7 +19,6 @@
 
 struct node;
 struct graph;
-struct undo;
 
 struct dirty_bitmap {
     char *name;
@@ -82,8 +81,10 @@ unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b);
 void tracker_free(struct node *n);
 /* Give it a new generation. */
 void dirty_bitmap_renew(struct dirty_bitmap *b);
-/* Free contents once every loop has passed a turn. Never fails, never waits. */
+/* Free contents, or what a log of merges holds, once every loop has passed a turn; in pieces, with
+ * other work of the control loop in between. Never fails, never waits. NULL is fine. */
 void graph_bitmap_free_later(struct graph *g, struct bitmap *bits);
+void graph_undo_free_later(struct graph *g, struct bitmap_undo *u);
 
 /* Any loop, admitted write: mark the range in every enabled bitmap. Never waits, never fails. */
 void tracker_mark(struct node *n, uint64_t off, uint64_t len);

@@ -2,8 +2,9 @@
 /* The bitmap actions (table in docs/transactions.md): add, remove, clear, enable, disable, merge,
  * and the names of 2018, x-block-dirty-bitmap-*, which do the same with other words.
  *
- * Contents are changed by building the new contents aside and swapping; the old ones are the undo
- * record. Flags remember the old flag. Nothing here yields. */
+ * Clear swaps the contents for empty ones; the old ones are the undo record. Merge exchanges the
+ * pages that change; the record of it is a log of them. Flags remember the old flag. Nothing here
+ * yields. */
 #include <assert.h>
 #include <errno.h>
 
@@ -39,10 +40,11 @@ struct bitmap_rec {
     struct graph *graph;
     struct dirty_bitmap *b;
     struct dirty_bitmap *before; /* remove: what followed it in the list */
-    struct bitmap *old;          /* clear, merge: the contents before */
+    struct bitmap *old;          /* clear: the contents before */
+    struct bitmap_undo *merged;  /* merge */
     char *name;                  /* rename: the one before */
     bool was_enabled;            /* enable, disable */
-    uint64_t generation;         /* clear, merge, enable, disable: the one before */
+    uint64_t generation;         /* clear, enable, disable: the one before */
 };
 
 static void add_unwind(void *p)
@@ -78,6 +80,19 @@ static void contents_discard(void *p)
     graph_bitmap_free_later(rec->graph, rec->old);
 }
 
+static void merge_unwind(void *p)
+{
+    struct bitmap_rec *rec = p;
+    bitmap_undo_unwind(rec->merged);
+    graph_undo_free_later(rec->graph, rec->merged);
+}
+
+static void merge_discard(void *p)
+{
+    struct bitmap_rec *rec = p;
+    graph_undo_free_later(rec->graph, rec->merged);
+}
+
 static void enabled_unwind(void *p)
 {
     struct bitmap_rec *rec = p;
@@ -102,6 +117,7 @@ static const struct undo_ops add_undo = {.unwind = add_unwind};
 static const struct undo_ops remove_undo = {.unwind = remove_unwind, .discard = remove_discard};
 static const struct undo_ops contents_undo = {.unwind = contents_unwind,
                                               .discard = contents_discard};
+static const struct undo_ops merge_undo = {.unwind = merge_unwind, .discard = merge_discard};
 static const struct undo_ops enabled_undo = {.unwind = enabled_unwind};
 
 /* ------------------------------------------------------------------ add */
@@ -272,8 +288,7 @@ static int check_source(struct txn *t, struct dirty_bitmap *target, const struct
     return r;
 }
 
-/* All sources are checked before the first bit is merged. The merge goes into a clone that shares
- * the target's pages; the target's old directory is the undo record. */
+/* All sources are checked before the first bit is merged. */
 static int merge(struct txn *t, const char *node, const char *name,
                  struct source (*at)(const void *args, size_t i), const void *args, size_t n,
                  struct tide_error *err)
@@ -287,27 +302,25 @@ static int merge(struct txn *t, const char *node, const char *name,
     }
     if (r < 0 || n == 0)
         return r;
-    struct bitmap_rec *rec = txn_reserve(t, &contents_undo, sizeof *rec, err);
+    struct bitmap_rec *rec = txn_reserve(t, &merge_undo, sizeof *rec, err);
     if (!rec)
         return -ENOMEM;
-    r = bitmap_clone(target->bits, &rec->old);
+    sees(t, target);
+    r = bitmap_undo_new(&rec->merged);
     for (size_t i = 0; r == 0 && i < n; i++) {
         struct source s = at(args, i);
         struct tide_error ignored;
         r = find(t, s.node, s.name, 0, &source, &ignored);
-        if (r == 0 && source != target)
-            r = bitmap_merge(rec->old, source->bits);
+        if (r == 0)
+            r = bitmap_merge_undoable(target->bits, source->bits, rec->merged);
     }
+    rec->graph = txn_graph(t);
     if (r < 0) {
-        graph_bitmap_free_later(txn_graph(t), rec->old);
+        if (rec->merged)
+            merge_unwind(rec);
         return tide_fail(err, r, "no memory to merge into bitmap '%s' on node '%s'",
                          shown_name(name).text, node);
     }
-    rec->b = target;
-    rec->graph = txn_graph(t);
-    rec->generation = target->generation;
-    sees(t, target);
-    bitmap_swap(target->bits, rec->old);
     if (txn_is_dry(t))
         txn_does(t, "%llu dirty bytes", dirty_bitmap_bytes(target));
     txn_arm(t, rec);
