@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
 static _Thread_local unsigned long n_allocs; /* since the last mem_fail_after() */
 static _Thread_local unsigned long fail_in;  /* 0 = no failure is planned */
@@ -110,6 +111,51 @@ void mem_free(void *p)
 {
     free(p);
 }
+
+/* The kernel places a mapping at a multiple of 4 KiB: twice as much has one of MEM_HUGE in it. */
+void *mem_huge_alloc(void)
+{
+    if (mem_fails())
+        return NULL;
+    char *map =
+        mmap(NULL, 2 * MEM_HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED)
+        return NULL;
+    char *p = mem_huge_of(map + MEM_HUGE - 1);
+    if (p > map)
+        munmap(map, (size_t)(p - map));
+    munmap(p + MEM_HUGE, (size_t)(map + MEM_HUGE - p));
+    madvise(p, MEM_HUGE, MADV_HUGEPAGE); /* if it is refused, then in small pages */
+    return p;
+}
+
+void mem_huge_free(void *p)
+{
+    if (p)
+        munmap(p, MEM_HUGE);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+
+void mem_poison(void *p, size_t size)
+{
+    __asan_poison_memory_region(p, size);
+}
+
+void mem_unpoison(void *p, size_t size)
+{
+    __asan_unpoison_memory_region(p, size);
+}
+#else
+void mem_poison(void *p, size_t size)
+{
+}
+
+void mem_unpoison(void *p, size_t size)
+{
+}
+#endif
 
 void *mem_zalloc_or_die(size_t size)
 {

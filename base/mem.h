@@ -4,6 +4,7 @@
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <stdlib.h>
 
 /* NULL when memory is gone. Zeroed unless named otherwise. Any thread. */
@@ -21,6 +22,21 @@ void mem_free(void *p); /* NULL is fine; for everything above */
 /* Start-up and tests only: ends the process when memory is gone. */
 #define mem_new(type) ((type *)mem_zalloc_or_die(sizeof(type)))
 void *mem_zalloc_or_die(size_t size);
+
+/* A block of MEM_HUGE bytes that begins at a multiple of that, zeroed, in one page of the
+ * processor's where there are such pages. For much memory that is used at once. */
+#define MEM_HUGE ((size_t)2 << 20)
+void *mem_huge_alloc(void) __attribute__((warn_unused_result));
+void mem_huge_free(void *p);
+static inline void *mem_huge_of(void *p) /* the block that p points into */
+{
+    return (void *)((uintptr_t)p & ~(uintptr_t)(MEM_HUGE - 1));
+}
+
+/* For who hands out parts of a block: nobody may touch them, or they may again. Only the address
+ * sanitizer knows. */
+void mem_poison(void *p, size_t size);
+void mem_unpoison(void *p, size_t size);
 
 /* Tests: the n-th allocation from now on (1 = the next) of this thread fails, once; 0 = none.
  * Returns how many allocations were made since the last call. */

@@ -33,10 +33,8 @@
 struct page *page_new(void)
 {
     struct page *pg = mem_aligned(alignof(struct page), sizeof *pg);
-    if (!pg)
-        return NULL;
-    atomic_init(&pg->n_refs, 1);
-    atomic_init(&pg->n_set, 0);
+    if (pg)
+        page_init(pg, false);
     return pg;
 }
 
@@ -70,7 +68,9 @@ struct page *page_new_copy(const struct page *from)
 
 unsigned page_or(struct page *to, const struct page *a, const struct page *b)
 {
-    uint64_t n = bitmap_kernels()->or_count(to->word, a->word, b->word, PAGE_WORDS);
+    const struct bitmap_kernels *k = bitmap_kernels();
+    uint64_t n = to == a || to == b ? k->or_count(to->word, a->word, b->word, PAGE_WORDS)
+                                    : k->or_count_new(to->word, a->word, b->word, PAGE_WORDS);
     atomic_store_explicit(&to->n_set, (int)n, memory_order_relaxed);
     return (unsigned)n;
 }
@@ -82,7 +82,11 @@ void page_get(struct page *pg)
 
 void page_put(struct page *pg)
 {
-    if (pg && atomic_fetch_sub(&pg->n_refs, 1) == 1)
+    if (!pg || atomic_fetch_sub(&pg->n_refs, 1) != 1)
+        return;
+    if (pg->pooled)
+        pool_put(pg);
+    else
         mem_free(pg);
 }
 

@@ -25,6 +25,13 @@
 
 struct bitmap;
 
+/* Where merges get pages when they need many; may be shared by all bitmaps. Control loop. */
+struct bitmap_pool;
+int bitmap_pool_new(struct bitmap_pool **out); /* -ENOMEM */
+void bitmap_pool_free(struct bitmap_pool *p);  /* its pages are all gone; NULL is fine */
+/* A pool keeps up to 64 MiB that were just in use. Give back 2 MiB of it; true: there is more. */
+bool bitmap_pool_trim(struct bitmap_pool *p);
+
 /* Replaced pages that a late reader may still look at. Zeroed = empty. One thread at a time. */
 struct bitmap_retired {
     void *head;
@@ -104,7 +111,8 @@ int bitmap_merge(struct bitmap *dst, struct bitmap *src);
  * be freed before the log. Pages in the log are given back by bitmap_undo_free_some(), after the
  * grace round if somebody may have been reading. */
 struct bitmap_undo;
-int bitmap_undo_new(struct bitmap_undo **out); /* -ENOMEM */
+/* Large merges take their pages from a pool, where there is one. -ENOMEM. */
+int bitmap_undo_new(struct bitmap_pool *pool, struct bitmap_undo **out);
 int bitmap_merge_undoable(struct bitmap *dst, struct bitmap *src, struct bitmap_undo *u);
 /* The targets are what they were before the first merge. Once. Cannot fail, takes no memory. */
 void bitmap_undo_unwind(struct bitmap_undo *u);

@@ -48,13 +48,19 @@ struct bitmap_undo {
     struct chunk *newest;
     struct bitmap *used_up;   /* converted sources, by bitmap_link */
     struct bitmap_undo *link; /* bitmap_undo_link() */
+    struct bitmap_pool *pool; /* or NULL */
+    unsigned n_made;          /* pages */
     bool unwound;
 };
 
-int bitmap_undo_new(struct bitmap_undo **out)
+int bitmap_undo_new(struct bitmap_pool *pool, struct bitmap_undo **out)
 {
-    *out = mem_zalloc(sizeof **out);
-    return *out ? 0 : -ENOMEM;
+    struct bitmap_undo *u = mem_zalloc(sizeof *u);
+    if (!u)
+        return -ENOMEM;
+    u->pool = pool;
+    *out = u;
+    return 0;
 }
 
 struct bitmap_undo **bitmap_undo_link(struct bitmap_undo *u)
@@ -132,6 +138,9 @@ bool bitmap_undo_free_some(struct bitmap_undo *u, unsigned *budget)
 
 /* ---- merge, equal shapes ---- */
 
+#define PREFETCH_WORDS 64u
+#define SINGLE_PAGES 64u /* so many come one by one; who needs more gets them from the pool */
+
 struct merge {
     struct dir *dir; /* the target's */
     /* NULL: what is replaced goes at once, pages may be written in place, and what there is no
@@ -172,6 +181,17 @@ static void merge_give(struct merge *m, bitmap_slot *ds, bitmap_slot *ss, unsign
     merge_set(m, ds, level, v);
 }
 
+static struct page *merge_make_page(struct merge *m)
+{
+    struct page *pg = m->spare;
+    m->spare = NULL;
+    if (pg)
+        return pg;
+    if (m->undo && m->undo->pool && m->undo->n_made++ >= SINGLE_PAGES)
+        return pool_get(m->undo->pool);
+    return page_new();
+}
+
 /* Never less than there should be, in case nobody takes it back. */
 static int merge_no_memory(struct merge *m, bitmap_slot *s, unsigned level)
 {
@@ -184,8 +204,7 @@ static int merge_no_memory(struct merge *m, bitmap_slot *s, unsigned level)
 static int merge_new_page(struct merge *m, uint64_t base, bitmap_slot *ds, bitmap_slot *ss)
 {
     struct page *dst = slot_page(atomic_load(ds)), *src = slot_page(atomic_load(ss));
-    struct page *both = m->spare ? m->spare : page_new();
-    m->spare = NULL;
+    struct page *both = merge_make_page(m);
     if (!both)
         return merge_no_memory(m, ds, 0);
     unsigned n = page_or(both, dst, src);
@@ -269,11 +288,28 @@ static int merge_slot(struct merge *m, unsigned level, uint64_t base, bitmap_slo
     return merge_slots(m, level - 1, base, slot_table(dv)->slot, slot_table(sv)->slot, TABLE_SLOTS);
 }
 
+/* The heads of pages that come soon decide what happens to them, and each is a wait for memory; the
+ * words of the next one. */
+static void merge_prefetch(const bitmap_slot *s, unsigned i, unsigned n)
+{
+    if (i + 4 < n)
+        __builtin_prefetch(slot_page(atomic_load_explicit(&s[i + 4], memory_order_relaxed)));
+    if (i + 1 == n)
+        return;
+    const struct page *pg = slot_page(atomic_load_explicit(&s[i + 1], memory_order_relaxed));
+    for (unsigned k = 0; pg && k < PREFETCH_WORDS; k += 8)
+        __builtin_prefetch(&pg->word[k]);
+}
+
 static int merge_slots(struct merge *m, unsigned level, uint64_t base, bitmap_slot *ds,
                        bitmap_slot *ss, unsigned n)
 {
     int result = 0;
     for (unsigned i = 0; i < n; i++, base += (uint64_t)1 << bitmap_span_shift(level)) {
+        if (!level) {
+            merge_prefetch(ss, i, n);
+            merge_prefetch(ds, i, n);
+        }
         int r = merge_slot(m, level, base, &ds[i], &ss[i]);
         if (r < 0 && m->undo)
             return r; /* all of it will be taken back */

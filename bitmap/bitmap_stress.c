@@ -57,6 +57,7 @@ static struct {
     struct spin mailbox_lock;
     struct bitmap_retired mailbox;
     struct bitmap *a, *b;
+    struct bitmap_pool *pool;
     _Atomic uint64_t *truth; /* blocks marked since a was cleared last */
     struct bitmap *x, *y;    /* litmus */
     atomic_uint litmus_go, litmus_done;
@@ -322,7 +323,7 @@ static struct bitmap *replace_b(void)
 static struct bitmap_undo *merge_both(bool back)
 {
     struct bitmap_undo *u;
-    must(bitmap_undo_new(&u));
+    must(bitmap_undo_new(g.pool, &u));
     uint8_t *own = g.loop[0].own;
     uint64_t n = bitmap_count(g.a) + bitmap_count(g.b);
     for (uint64_t i = 0; !back && i < OWN_BLOCKS; i++)
@@ -475,6 +476,7 @@ int main(int argc, char **argv)
     bool starve = argc > 2 && !strcmp(argv[2], "starve");
     uint64_t seed = 20240607;
     pthread_t t[N_LOOPS];
+    must(bitmap_pool_new(&g.pool));
     must(bitmap_new(SIZE, SHIFT, &g.a));
     must(bitmap_new(SIZE, SHIFT, &g.b));
     g.truth = mem_zalloc((BLOCKS / 64 + 1) * sizeof *g.truth);
@@ -501,6 +503,7 @@ int main(int argc, char **argv)
     reap(frozen, NULL);
     bitmap_free(g.a);
     bitmap_free(g.b);
+    bitmap_pool_free(g.pool);
     mem_free(g.truth);
     mem_free(own);
     unsigned long bad = summary();

@@ -473,7 +473,7 @@ static void change_merge(struct world *w, struct change *c)
 {
     static struct model m;
     c->kind = MERGED;
-    assert_int_equal(bitmap_undo_new(&c->undo), 0);
+    assert_int_equal(bitmap_undo_new(NULL, &c->undo), 0);
     for (uint64_t n = 1 + rnd(3); n; n--) {
         unsigned j = (unsigned)rnd(N), shift = w->shape.shift;
         struct bitmap *b = w->b[j];
@@ -755,7 +755,7 @@ static void an_undone_merge_leaves_nothing_behind(void **state)
     bitmap_mark(b, 2 * table, table, &r); /* ones in the place of a table */
     bitmap_mark(b, 7 * page, page, &r);
     struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
     assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
     assert_int_equal(bitmap_count(a), 4 + 1 + 512 * PAGE + PAGE);
     unsigned long n = mem_fail_after(1); /* unwinding asks for no memory */
@@ -776,6 +776,71 @@ static void an_undone_merge_leaves_nothing_behind(void **state)
     bitmap_retired_free(&r);
 }
 
+static struct bitmap_undo *merge_from_pool(struct bitmap_pool *p, struct bitmap *a,
+                                           struct bitmap *b)
+{
+    struct bitmap_undo *u;
+    assert_int_equal(bitmap_undo_new(p, &u), 0);
+    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
+    return u;
+}
+
+/* Pages from slabs: more than two slabs full; taken back; kept and changed; each slab goes, and
+ * what is free in one is used before there is another. */
+static void pages_from_a_pool(void **state)
+{
+    struct bitmap_retired r = {0};
+    uint64_t n = 1500, page = PAGE << 16;
+    struct bitmap *a = make(256 * TIB, 16), *b = make(256 * TIB, 16), *keep;
+    struct bitmap_pool *p;
+    struct bitmap_undo *u;
+    for (uint64_t i = 0; i < n; i++) {
+        bitmap_mark(a, i * page, 1, &r);
+        bitmap_mark(b, i * page + 65536, 1, &r);
+    }
+    assert_int_equal(bitmap_pool_new(&p), 0);
+    for (unsigned long k = 1; k < 90; k++) { /* the first slab is among what fails */
+        assert_int_equal(bitmap_undo_new(p, &u), 0);
+        mem_fail_after(k);
+        int e = bitmap_merge_undoable(a, b, u);
+        if (mem_fail_after(0) >= k)
+            assert_int_equal(e, -ENOMEM);
+        bitmap_undo_unwind(u);
+        assert_int_equal(bitmap_count(a), n);
+        undo_free(u);
+    }
+    u = merge_from_pool(p, a, b);
+    bitmap_undo_unwind(u);
+    assert_int_equal(bitmap_count(a), n);
+    undo_free(u);
+    mem_fail_after(0);
+    u = merge_from_pool(p, a, b); /* the slabs are there still */
+    assert_true(mem_fail_after(0) < 64 + 20);
+    assert_int_equal(bitmap_count(a), 2 * n);
+    undo_free(u);
+    assert_false(bitmap_pool_trim(p)); /* none is empty */
+    assert_int_equal(bitmap_clone(a, &keep), 0);
+    for (uint64_t i = 0; i < n; i++)
+        bitmap_mark(a, i * page + 2 * 65536, 1, &r); /* copies */
+    assert_int_equal(r.n, n);
+    bitmap_free(keep);
+    for (uint64_t i = 0; i < n; i += 2)
+        bitmap_mark(b, i * page + 3 * 65536, 1, &r);
+    bitmap_retired_free(&r);
+    mem_fail_after(0);
+    u = merge_from_pool(p, a, b);
+    assert_true(mem_fail_after(0) < 64 + 20);
+    assert_int_equal(bitmap_count(a), 3 * n + n / 2);
+    undo_free(u);
+    bitmap_free(a);
+    bitmap_free(b);
+    unsigned trims = 1;
+    while (bitmap_pool_trim(p))
+        trims++;
+    assert_int_equal(trims, 3);
+    bitmap_pool_free(p); /* asserts that nothing is left */
+}
+
 /* What a merge costs is in what it allocates: nothing for what the target has already. */
 static void merge_makes_only_what_differs(void **state)
 {
@@ -787,7 +852,7 @@ static void merge_makes_only_what_differs(void **state)
         bitmap_mark(b, i * page, i == 77 || i == 99 ? 3 * 65536 : 65536, &r);
     }
     struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
     mem_fail_after(0);
     assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
     /* A note for each, in one chunk; a page to try in. Both pages are the source's. */
@@ -811,7 +876,7 @@ static void big_ones_are_freed_in_pieces(void **state)
         bitmap_mark(b, i * page + 65536, 1, &r);
     }
     struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
     assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
     unsigned n = 1;
     while (!bitmap_undo_free_some(u, &(unsigned){100}))
@@ -1058,7 +1123,7 @@ static bool undoable_starved(unsigned long n)
     first = make(SIZE, 12);
     bitmap_mark(first, 2 * (PAGE << 12) + 5 * 4096, 1, &r);
     assert_int_equal(bitmap_clone(a, &then), 0);
-    assert_int_equal(bitmap_undo_new(&u), 0);
+    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
     assert_int_equal(bitmap_merge_undoable(a, first, u), 0);
     mem_fail_after(n);
     int e = bitmap_merge_undoable(a, b, u);
@@ -1094,7 +1159,7 @@ static void undoable_merge_without_memory(void **state)
     assert_true(n > 5 && n < 1000);
     struct bitmap_undo *u;
     mem_fail_after(1);
-    assert_int_equal(bitmap_undo_new(&u), -ENOMEM);
+    assert_int_equal(bitmap_undo_new(NULL, &u), -ENOMEM);
     mem_fail_after(0);
 }
 
@@ -1122,13 +1187,13 @@ static void starved_tail_stays_inside_the_disk(void **state)
 
 static void kernels_agree(void **state)
 {
-    static uint64_t a[520], b[520], want[520], got[520];
+    static _Alignas(64) uint64_t a[520], b[520], want[520], got[520];
     const struct bitmap_kernels *one = bitmap_kernels_nth(0), *k;
     assert_non_null(bitmap_kernels()->name);
     seed = 42;
     for (unsigned i = 1; (k = bitmap_kernels_nth(i)); i++) {
         for (unsigned round = 0; round < 200; round++) {
-            size_t n = rnd(65) * 8, at = rnd(8);
+            size_t n = rnd(65) * 8, at = rnd(8), bt = rnd(8);
             for (unsigned j = 0; j < 520; j++) {
                 a[j] = rnd(3) ? 0 : rnd(0) | (seed & (seed >> 7));
                 b[j] = rnd(5) ? seed : UINT64_MAX;
@@ -1136,6 +1201,11 @@ static void kernels_agree(void **state)
             assert_int_equal(k->or_count(got + at, a + at, b, n),
                              one->or_count(want + at, a + at, b, n));
             assert_memory_equal(got + at, want + at, n * 8);
+            memset(got, 0xaa, sizeof got);
+            assert_int_equal(k->or_count_new(got, a + at, b + bt, n),
+                             one->or_count(want, a + at, b + bt, n));
+            assert_memory_equal(got, want, n * 8);
+            assert_true(n == 512 || got[n] == 0xaaaaaaaaaaaaaaaa);
             assert_int_equal(k->copy_count(got, b + at, n), one->copy_count(want, b + at, n));
             assert_memory_equal(got, want, n * 8);
             assert_int_equal(k->count(b + at, n), one->count(b + at, n));
@@ -1156,6 +1226,7 @@ int main(void)
         cmocka_unit_test(shared_pages_are_counted_once_each_side),
         cmocka_unit_test(merge_shares_and_collapses),
         cmocka_unit_test(an_undone_merge_leaves_nothing_behind),
+        cmocka_unit_test(pages_from_a_pool),
         cmocka_unit_test(merge_makes_only_what_differs),
         cmocka_unit_test(big_ones_are_freed_in_pieces),
         cmocka_unit_test(pack_of_nothing_is_one_call),

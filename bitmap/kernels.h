@@ -10,6 +10,9 @@ struct bitmap_kernels {
     const char *name;
     /* dst = a | b, which may be the same memory; the number of bits set in it. n % 8 == 0. */
     uint64_t (*or_count)(uint64_t *dst, const uint64_t *a, const uint64_t *b, size_t n);
+    /* The same into memory that is read later only: past the caches, where the processor can.
+     * dst is aligned to 64 bytes and neither a nor b. */
+    uint64_t (*or_count_new)(uint64_t *dst, const uint64_t *a, const uint64_t *b, size_t n);
     /* dst = a; the number of bits set. n % 8 == 0. */
     uint64_t (*copy_count)(uint64_t *dst, const uint64_t *a, size_t n);
     uint64_t (*count)(const uint64_t *a, size_t n); /* n % 8 == 0 */

@@ -41,6 +41,7 @@ struct page {
     atomic_uint n_refs;
     /* Bits set. Each change of a word is followed by its sum, so it is exact when nobody marks. */
     atomic_int n_set;
+    bool pooled; /* part of a slab (pool.c), else a block of its own */
     /* Bits past the end of the disk are 0. Read and written by __atomic operations, except in a
      * page that is SHARED (nobody writes), that is not published yet, or while all are quiesced. */
     alignas(64) uint64_t word[PAGE_WORDS];
@@ -139,6 +140,8 @@ struct page *page_new_zero(void);
 struct page *page_new_ones(unsigned n_bits);
 struct page *page_new_copy(const struct page *from); /* SHARED, or nobody writes to it */
 struct page *page_new(void);                         /* the words hold anything: for page_or */
+struct page *pool_get(struct bitmap_pool *p); /* the same from a pool; gone with page_put() */
+void pool_put(struct page *pg);               /* for page_put() */
 /* to = a | b, either of which may be `to`; nobody writes to any of them. How many bits that is. */
 unsigned page_or(struct page *to, const struct page *a, const struct page *b);
 /* Set or clear [from, to) of a page; how many bits turned. Any thread, also in pages in use. */
@@ -146,6 +149,13 @@ unsigned page_set(struct page *pg, unsigned from, unsigned to);
 unsigned page_clear(struct page *pg, unsigned from, unsigned to);
 void page_get(struct page *pg);
 void page_put(struct page *pg); /* NULL is fine */
+
+static inline void page_init(struct page *pg, bool pooled)
+{
+    atomic_init(&pg->n_refs, 1);
+    atomic_init(&pg->n_set, 0);
+    pg->pooled = pooled;
+}
 
 /* Exact only while nobody marks or cleans. */
 static inline unsigned page_count(const struct page *pg)

@@ -23,7 +23,8 @@
 #include "io/io.h"
 
 #define RETIRED_KICK 64u
-#define REAP_PAGES 1024u /* at a stretch: a fraction of a millisecond */
+#define REAP_PAGES 1024u          /* at a stretch: a fraction of a millisecond */
+#define POOL_IDLE_NS 10000000000u /* after so long without anything to reap the pool is emptied */
 
 /* ------------------------------------------------------------------ the reaper */
 
@@ -31,6 +32,7 @@ struct reaper {
     struct graph *graph;
     struct bitmap *pending; /* linked by bitmap_link */
     struct bitmap_undo *pending_undo;
+    struct bitmap_pool *pool; /* of the bitmaps of this graph */
     struct io_event kick;
     bool running, stop;
     struct io_event stopped;
@@ -90,9 +92,15 @@ static co_fn void reap_round(struct reaper *rp)
 static void reaper_main(void *arg)
 {
     struct reaper *rp = arg;
+    bool idle = true;
     while (!rp->stop) {
-        io_event_wait(&rp->kick, IO_FOREVER);
-        reap_round(rp);
+        uint64_t until = idle ? IO_FOREVER : io_now(rp->graph->io) + POOL_IDLE_NS;
+        idle = io_event_wait(&rp->kick, until) == -ETIME;
+        if (!idle)
+            reap_round(rp);
+        else
+            while (bitmap_pool_trim(rp->pool))
+                loop_pause();
     }
     reap_round(rp);
     io_event_set(&rp->stopped);
@@ -104,7 +112,7 @@ int reaper_new(struct graph *g)
     if (!g->reaper)
         return -ENOMEM;
     g->reaper->graph = g;
-    return 0;
+    return bitmap_pool_new(&g->reaper->pool);
 }
 
 /* Everything is quiet: the loops have ended or run nothing of ours. */
@@ -123,6 +131,7 @@ void reaper_free(struct graph *g)
         bitmap_undo_free_some(rp->pending_undo, &(unsigned){UINT_MAX});
         rp->pending_undo = next;
     }
+    bitmap_pool_free(rp->pool);
     mem_free(rp);
 }
 
@@ -159,6 +168,11 @@ void graph_undo_free_later(struct graph *g, struct bitmap_undo *u)
     *bitmap_undo_link(u) = g->reaper->pending_undo;
     g->reaper->pending_undo = u;
     io_event_set(&g->reaper->kick);
+}
+
+struct bitmap_pool *graph_bitmap_pool(struct graph *g)
+{
+    return g->reaper->pool;
 }
 
 struct bitmap_retired *graph_retired(struct graph *g)

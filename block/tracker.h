@@ -86,6 +86,8 @@ void dirty_bitmap_renew(struct dirty_bitmap *b);
 void graph_bitmap_free_later(struct graph *g, struct bitmap *bits);
 void graph_undo_free_later(struct graph *g, struct bitmap_undo *u);
 
+struct bitmap_pool *graph_bitmap_pool(struct graph *g);
+
 /* Any loop, admitted write: mark the range in every enabled bitmap. Never waits, never fails. */
 void tracker_mark(struct node *n, uint64_t off, uint64_t len);
 /* This loop's list for pages that bitmap functions replace (any loop, no yield in between). */

@@ -306,7 +306,7 @@ static int merge(struct txn *t, const char *node, const char *name,
     if (!rec)
         return -ENOMEM;
     sees(t, target);
-    r = bitmap_undo_new(&rec->merged);
+    r = bitmap_undo_new(graph_bitmap_pool(txn_graph(t)), &rec->merged);
     for (size_t i = 0; r == 0 && i < n; i++) {
         struct source s = at(args, i);
         struct tide_error ignored;
