@@ -10,6 +10,7 @@ from functools import partial
 import backup_cases as backup
 import control_cases as control
 import io_cases as io
+import txn_cases as txn
 from control_cases import N_ACTIONS
 
 IOPS, SECONDS, MS = 'IOPS / CPU us', 's / CPU s', 'ms / CPU ms'
@@ -38,6 +39,12 @@ def io_case(name, arguments):
 
 def qmp_case(name, measure, unit=MS, **more):
     return Case(name, unit, measure, frozenset(['qmp']), **more)
+
+
+def contents_case(*what):
+    name = 'txn-' + '-'.join(what)
+    return qmp_case(name, txn.contents(*what), limit_s=600,
+                    rows={row: f'{name}-{row}' for row in txn.CONTENTS_ROWS})
 
 
 def backup_case(name, measure, durable):
@@ -91,4 +98,10 @@ CASES = [
     qmp_case('qmp-transaction', control.large_transactions, rows={
         'clear': f'qmp-transaction-{N_ACTIONS}', 'merge': f'qmp-transaction-{N_ACTIONS}-merge',
         'add': f'qmp-transaction-{N_ACTIONS}-add'}),
+    *[qmp_case(f'txn-actions-{n}', txn.actions(n), rows={
+        'done': f'txn-actions-{n}', 'undone': f'txn-actions-{n}-undone'}) for n in (10, 100, 1000, 10000)],
+    *[contents_case(shape, share, pattern)
+      for shape in txn.SHAPES for share in txn.SHARES for pattern in txn.PATTERNS],
+    qmp_case('txn-pause', txn.pause, 'more / quiet ms', rows={
+        'p50': 'txn-pause-median', 'max': 'txn-pause-longest'}),
 ]

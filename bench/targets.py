@@ -13,7 +13,7 @@ import table
 from control_cases import N_ACTIONS
 
 VARIANTS = {'qsd': ['qsd', 'qsd-threads', 'qsd-native', 'qsd-copy-range']}
-KEYS = {'value': '', 'cpu': 'CPU ', 'own': ''}
+KEYS = {'value': '', 'cpu': 'CPU ', 'own': '', 'above': 'above a round trip '}
 
 
 @dataclasses.dataclass
@@ -38,6 +38,8 @@ def at_most(row, bound, against):
 
 
 TRANSACTIONS = [f'qmp-transaction-{N_ACTIONS}{kind}' for kind in ('', '-merge', '-add')]
+HUGE_SPARSE = 'txn-256t-64k-0.01pc-clustered'
+DENSE = [f'txn-{shape}-50pc-{pattern}-merge' for shape in ('16t-64k', '16t-4k') for pattern in ('random', 'clustered')]
 TARGETS = [
     *at_least('4k-randread-qd64', qsd=2.5, cpu=0.3, nbdkit=2),
     *at_least('4k-randread-qd16-c4', qsd=4, cpu=0.35, nbdkit=2.5),
@@ -54,6 +56,14 @@ TARGETS = [
     Target('tmpfs:recording-32-bitmaps', 'own', '>=', 0.95, 'own', 'tmpfs:recording-0-bitmaps'),
     *[at_most(row, 1 / 50, 'qsd') for row in TRANSACTIONS],
     *[at_most(row, 5, None) for row in TRANSACTIONS],
+    *[Target(f'{case}-{what}', 'above', '<=', 0.1, None)
+      for case in (HUGE_SPARSE, 'txn-16t-4k-50pc-random') for what in ('clear', 'clear-undone')],
+    at_most(f'{HUGE_SPARSE}-merge', 3, None),
+    at_most(f'{HUGE_SPARSE}-merge', 1 / 100, 'qsd'),
+    *[at_most(row, 1 / 4, 'qsd') for row in DENSE],
+    *[at_most(f'txn-actions-1000{undone}', bound, against) for undone in ('', '-undone')
+      for bound, against in ((5, None), (1 / 50, 'qsd'))],
+    at_most('txn-pause-median', 1, None),
     at_most('backup-full', 0.3, 'qsd'),
     at_most('backup-full', 1.3, 'no-server'),
     at_most('backup-incremental-1pc', 0.6, 'qsd'),

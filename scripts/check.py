@@ -63,7 +63,7 @@ def stages():
         Stage('bench', ['bench/run', '--quick', '--peer', 'tidemarkd,qsd,no-server', '--cases',
                         '^(4k-rand(read|write|mixed)-qd16|1m-seqwrite-qd16|tmpfs:4k-randread-qd64|'
                         'direct:(4k-randwrite-qd64|1m-seqread-qd16))$|recording|backup|guest|'
-                        'block-status|greeting|memory|qmp-']),
+                        'block-status|greeting|memory|qmp-|txn-(actions-1000$|16t-64k-1pc-clustered|pause)']),
     ]
 
 
