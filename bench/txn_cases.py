@@ -186,8 +186,12 @@ class Writer:
              '--times', self._times, '--depth', str(PAUSE_DEPTH), '--seed', str(s.scratch.seed())],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def running(self):
-        return self._process.poll() is None
+    def ends_within(self, seconds):
+        try:
+            self._process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
 
     def end(self):
         """Seconds on time.monotonic(), ascending."""
@@ -228,12 +232,10 @@ def pause(s):
             for name in ('sum', 'changes'):
                 qmp.execute('block-dirty-bitmap-add', node=node, name=name, granularity=64 * KIB)
         writers = [Writer(s, daemon, export, seconds) for export in (EXPORT, 'other')]
-        time.sleep(PAUSE_EVERY_S)
-        while all(w.running() for w in writers):
+        while not any(w.ends_within(PAUSE_EVERY_S / 2) for w in writers):
             begin = time.monotonic()
             timed_list(daemon, qmp, *hand_over())
             marks.append((begin, time.monotonic()))
-            time.sleep(PAUSE_EVERY_S)
         times = [w.end() for w in writers]
     s.scratch.drop(s.medium, 'target.raw')
     marks = [m for m in marks if m[1] + PAUSE_EVERY_S < min(t[-1] for t in times)]
