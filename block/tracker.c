@@ -23,7 +23,8 @@
 #include "io/io.h"
 
 #define RETIRED_KICK 64u
-#define REAP_PAGES 1024u          /* at a stretch: a fraction of a millisecond */
+/* At a stretch: half a millisecond or so where the heap gives each page back to the kernel. */
+#define REAP_PAGES 256u
 #define POOL_IDLE_NS 10000000000u /* after so long without anything to reap the pool is emptied */
 
 /* ------------------------------------------------------------------ the reaper */
