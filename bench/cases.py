@@ -43,7 +43,7 @@ def qmp_case(name, measure, unit=MS, **more):
 
 def contents_case(*what):
     name = 'txn-' + '-'.join(what)
-    return qmp_case(name, txn.contents(*what), limit_s=600,
+    return qmp_case(name, txn.contents(*what), medium='tmpfs', limit_s=600,
                     rows={row: f'{name}-{row}' for row in txn.CONTENTS_ROWS})
 
 

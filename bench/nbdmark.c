@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* nbdmark: makes parts of an NBD export dirty, or writes to it and tells when each reply came.
  *
- * With --runs it zeroes N runs, one in each N-th part of the disk, at places that follow from the
+ * With --runs it trims N runs, one in each N-th part of the disk, at places that follow from the
  * seed, with many requests in flight: what a bitmap that records holds afterwards is exactly
  * N * --run bytes. With --seconds it writes 4 KiB at random places at the given depth and puts the
  * time of each reply (CLOCK_MONOTONIC, ns, 8 bytes of this machine's order) into a file: whoever
@@ -24,16 +24,16 @@
 #define MAX_RUNS (1u << 26)
 #define MAX_TIMES (1u << 24)
 #define WRITE_LEN 4096u
-#define ZERO_LEN ((uint64_t)1 << 30) /* of one request; some servers take less than 2 GiB */
+#define TRIM_LEN ((uint64_t)1 << 30) /* of one request; some servers take less than 2 GiB */
 #define REQUEST_MAGIC 0x25609513u
 #define SIMPLE_MAGIC 0x67446698u
-enum { REQUEST_LEN = 28, REPLY_LEN = 16, CMD_WRITE = 1, CMD_WRITE_ZEROES = 6 };
+enum { REQUEST_LEN = 28, REPLY_LEN = 16, CMD_WRITE = 1, CMD_TRIM = 4 };
 
 static const char usage[] =
     "usage: nbdmark --socket PATH --export NAME --runs N --run BYTES [options]\n"
     "       nbdmark --socket PATH --export NAME --seconds S --times FILE [options]\n"
     "\n"
-    "  --runs N --run BYTES  zero N runs of so many bytes\n"
+    "  --runs N --run BYTES  trim N runs of so many bytes\n"
     "  --align BYTES         where they begin (65536)\n"
     "  --seconds S           write for so long\n"
     "  --times FILE          where the times of the replies go\n"
@@ -170,12 +170,12 @@ static uint64_t run_place(const struct mark *m, uint64_t i)
     return i * part + pattern_mix(pattern_mix(m->seed) + i) % room * m->align;
 }
 
-static bool next_zeroes(struct mark *m, uint8_t *p)
+static bool next_trim(struct mark *m, uint8_t *p)
 {
     if (m->run_at == m->n_runs)
         return false;
-    uint64_t len = MIN(m->run - m->at, ZERO_LEN);
-    put_request(p, CMD_WRITE_ZEROES, m->n_sent++, run_place(m, m->run_at) + m->at, len);
+    uint64_t len = MIN(m->run - m->at, TRIM_LEN);
+    put_request(p, CMD_TRIM, m->n_sent++, run_place(m, m->run_at) + m->at, len);
     m->at += len;
     if (m->at == m->run) {
         m->at = 0;
@@ -184,13 +184,13 @@ static bool next_zeroes(struct mark *m, uint8_t *p)
     return true;
 }
 
-static void zero_runs(struct mark *m)
+static void trim_runs(struct mark *m)
 {
     if (m->e.size / m->n_runs < m->run + m->align)
         errx(2, "so many runs of that length do not fit");
     do {
         size_t len = 0;
-        while (m->n_sent - m->n_done < m->depth && next_zeroes(m, m->out + len))
+        while (m->n_sent - m->n_done < m->depth && next_trim(m, m->out + len))
             len += REQUEST_LEN;
         send_all(m->fd, m->out, len);
         if (m->n_done < m->n_sent)
@@ -241,7 +241,7 @@ int main(int argc, char **argv)
         write_on(&m);
         save_times(&m);
     } else {
-        zero_runs(&m);
+        trim_runs(&m);
     }
     double s = (double)(now_ns() - begin) / 1e9;
     nbd_close(m.fd, false);

@@ -19,7 +19,7 @@ import blockstatus_test
 PROGRAM = ''
 SIZE = blockstatus_test.SIZE
 ALIGN = 65536
-WRITE, DISC, ZEROES = 1, 2, 6
+WRITE, DISC, TRIM = 1, 2, 4
 SIMPLE_MAGIC = 0x67446698
 
 
@@ -55,15 +55,15 @@ class Nbdmark(unittest.TestCase):
                              text=True, timeout=60, check=False)
         return out.returncode, json.loads(out.stdout) if out.stdout else {}, out.stderr
 
-    def zero(self, server, runs, length, *more):
+    def trim(self, server, runs, length, *more):
         return self.run_it(server, '--runs', runs, '--run', length, '--align', ALIGN, *more)
 
     def test_runs_are_apart_and_aligned(self):
         for runs, length in ((1, ALIGN), (1000, ALIGN), (777, 5 * ALIGN), (8192, SIZE // 8192 // 2)):
             with Server() as server:
-                code, report, _ = self.zero(server, runs, length)
+                code, report, _ = self.trim(server, runs, length)
                 self.assertEqual((code, report['requests']), (0, runs))
-                self.assertEqual({r[0] for r in server.requests}, {ZEROES})
+                self.assertEqual({r[0] for r in server.requests}, {TRIM})
                 at = sorted((off, n) for _, off, n in server.requests)
                 self.assertEqual({n for _, n in at}, {length})
                 self.assertFalse([off for off, _ in at if off % ALIGN])
@@ -74,21 +74,21 @@ class Nbdmark(unittest.TestCase):
         places = []
         for seed in (1, 1, 2):
             with Server() as server:
-                self.zero(server, 100, ALIGN, '--seed', seed)
+                self.trim(server, 100, ALIGN, '--seed', seed)
                 places.append(sorted(server.requests))
         self.assertEqual(places[0], places[1])
         self.assertNotEqual(places[0], places[2])
 
     def test_a_long_run_goes_in_pieces(self):
         with Server() as server:
-            code, _, _ = self.zero(server, 2, 5 << 30)
+            code, _, _ = self.trim(server, 2, 5 << 30)
             self.assertEqual(code, 0)
             self.assertEqual(sorted(n for _, _, n in server.requests), [1 << 30] * 10)
             self.assertEqual(len({off for _, off, _ in server.requests}), 10)
 
     def test_what_does_not_fit(self):
         with Server() as server:
-            code, _, stderr = self.zero(server, 100, SIZE // 100)
+            code, _, stderr = self.trim(server, 100, SIZE // 100)
             self.assertEqual((code, server.requests), (2, []))
             self.assertIn('do not fit', stderr)
 
@@ -96,17 +96,17 @@ class Nbdmark(unittest.TestCase):
         def refuse(n, reply):
             return reply[:4] + struct.pack('>I', 5) + reply[8:] if n == 70 else reply
         with Server(refuse) as server:
-            code, report, stderr = self.zero(server, 100, ALIGN)
+            code, report, stderr = self.trim(server, 100, ALIGN)
             self.assertEqual((code, report), (1, {}))
             self.assertIn('refused', stderr)
 
     def test_a_reply_to_nothing(self):
         with Server(lambda n, reply: reply[:8] + struct.pack('>Q', 10**6) if n == 3 else reply) as server:
-            self.assertEqual(self.zero(server, 100, ALIGN)[0], 1)
+            self.assertEqual(self.trim(server, 100, ALIGN)[0], 1)
 
     def test_silence(self):
         with Server(lambda n, reply: None if n == 50 else reply) as server:
-            code, _, stderr = self.zero(server, 100, ALIGN)
+            code, _, stderr = self.trim(server, 100, ALIGN)
             self.assertEqual(code, 1)
             self.assertIn('hung up', stderr)
 

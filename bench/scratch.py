@@ -145,6 +145,14 @@ class Scratch:
             f.truncate(STATUS_SIZE)
         return path
 
+    def sparse(self, medium, size):
+        """A new file of any size without data; only a memory file system takes the largest."""
+        path = medium.folder / 'sparse.raw'
+        path.unlink(missing_ok=True)
+        with open(path, 'wb') as f:
+            f.truncate(size)
+        return path
+
     def drop(self, medium, *names):
         """Files that are not needed any more, or that may have been damaged."""
         for name in names or [p.name for p in medium.folder.glob('*.raw')]:
