@@ -43,6 +43,8 @@ struct driver_ops {
      */
     struct io_file *(*offload)(struct node *n, uint64_t *base);
     uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
+    /* Does it have this file open? NULL: it has none. */
+    bool (*is_file)(const struct node *n, uint64_t dev, uint64_t ino);
     /* Somebody waits for the requests inside this node to end (quiesce; the end of an export or of
      * a job). From drain_begin to drain_end no request may wait here of the driver's own accord,
      * for a rate or a time: those that do go on at once, those that come go through. It says
@@ -80,8 +82,11 @@ struct mark_set {
 
 struct node {
     char name[NODE_NAME_MAX + 1];
-    bool owned;  /* made by blockdev-add itself: the monitor owns it, it outlives its parents */
-    bool opened; /* until then nobody finds it, and its name is taken all the same */
+    bool owned; /* made by blockdev-add itself: the monitor owns it, it outlives its parents */
+    /* Only a published node is in the list of its graph, found by its name and known to its
+     * children. While it is being opened its name is taken all the same. */
+    enum { NODE_OPENING, NODE_PUBLISHED, NODE_UNPUBLISHED } sight;
+    bool unnamed; /* its name is generated when it is published first */
     const struct driver_ops *ops;
     void *state;
     struct graph *graph;
@@ -96,8 +101,11 @@ struct node {
     struct node *child[NODE_MAX_CHILDREN];
     const char *child_role[NODE_MAX_CHILDREN];
     unsigned n_children;
-    struct node **parents; /* one entry for each edge */
-    unsigned n_parents;
+    unsigned goes; /* not published: children 1 << i that come into sight or are closed with it */
+    /* One entry for each edge from a published node; room for all edges, which are n_edges. Never
+     * gets smaller. */
+    struct node **parents;
+    unsigned n_parents, n_edges, cap_parents;
     unsigned n_roots, perm;
 
     struct dirty_bitmap *bitmaps, *last_bitmap;
@@ -111,6 +119,11 @@ struct node {
     TAILQ_HEAD(, tracked_write) writes; /* only where align > 1 */
     struct co_queue writes_wait;
 
+    /* Where it was, for coming back: its place among the parents of each child, its neighbour in
+     * the list; and the next number for a generated name before it was published first. */
+    unsigned place[NODE_MAX_CHILDREN];
+    struct node *older;
+    unsigned first_auto_name;
     TAILQ_ENTRY(node) link; /* graph, newest first */
 };
 
@@ -131,7 +144,8 @@ struct graph {
     struct co_mutex commands; /* the command lock */
     struct co_mutex perms;    /* permission updates, which take and drop file locks */
     struct co_rwlock effects; /* a list's effects are not seen before it is over */
-    struct node_list nodes;
+    struct node_list nodes;   /* published */
+    struct node_list opening; /* not yet */
     struct root_list roots;
     struct throttle_group_list throttle_groups; /* oldest first */
     unsigned next_auto_name;

@@ -2,7 +2,15 @@
 #include "block/inspect.h"
 
 #include "block/driver.h"
+#include "block/node.h"
 #include "schema/types.h"
+
+char *node_set_filename(struct node *n, char *name)
+{
+    char *old = n->filename;
+    n->filename = name;
+    return old;
+}
 
 static const char *filename_of(const struct node *n)
 {

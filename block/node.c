@@ -403,6 +403,21 @@ uint64_t node_size(const struct node *n)
     return n->size;
 }
 
+const char *node_driver(const struct node *n)
+{
+    return n->ops->name;
+}
+
+bool node_direct(const struct node *n)
+{
+    return n->direct;
+}
+
+bool node_no_flush(const struct node *n)
+{
+    return n->no_flush;
+}
+
 bool node_read_only(const struct node *n)
 {
     return n->read_only;

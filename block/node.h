@@ -70,6 +70,9 @@ struct shown_name {
 struct shown_name shown_name(const char *name);
 uint64_t node_size(const struct node *n);
 bool node_read_only(const struct node *n);
+const char *node_driver(const struct node *n);
+bool node_direct(const struct node *n);   /* cache.direct */
+bool node_no_flush(const struct node *n); /* cache.no-flush */
 /* Offsets and lengths of requests that go to the driver unchanged are multiples of this; other
  * requests are widened here (read-modify-write), so callers need not care. */
 uint32_t node_align(const struct node *n);
@@ -106,12 +109,43 @@ int graph_find_err(struct graph *g, const char *name, struct node **out, struct 
 /* Newest first: calls fn(arg, node) for every node, those without a name of their own included. */
 void graph_each(struct graph *g, void (*fn)(void *arg, struct node *n), void *arg);
 
-/* Open a node and its children from a parsed BlockdevOptions (schema); the monitor owns it. On
- * failure nothing is left. */
+/* A node over that file (device number, inode); NULL: none. */
+struct node *graph_find_file(struct graph *g, uint64_t dev, uint64_t ino);
+bool node_stands_on_file(const struct node *n, uint64_t dev, uint64_t ino);
+/* Its file goes by another name now, for people. `name` is the caller's before and the node's
+ * after, and the old one is returned. */
+char *node_set_filename(struct node *n, char *name);
+
+/* Open a node and its children from a parsed BlockdevOptions (schema), unseen: no query, no name
+ * leads to it, no other node of its name can be opened. `owned`: it stays until somebody deletes
+ * it, and needs a name; else it is somebody's who publishes and retires it, and gets a name when it
+ * is published. On failure nothing is left. */
 struct q_blockdev_options;
+co_fn int graph_open(struct graph *g, const struct q_blockdev_options *opts, bool owned,
+                     struct node **out, struct tide_error *err);
+/* Into sight: a new node as the newest, its children before it; one that was unpublished at the
+ * place where it was, if what happened since was undone, last first. Like the next two neither
+ * yields nor fails, and the caller keeps queries out (graph_effects_begin). */
+void graph_publish(struct node *n);
+/* A node that was opened some time ago: are the nodes that it stands on still there? */
+bool graph_can_publish(const struct node *n);
+/* Out of sight, its name free: for a node that nothing uses. It is whole and can be published again
+ * or closed. Children made with it that nobody else uses go with it. */
+void graph_unpublish(struct node *n);
+/* The same as the reverse of its first graph_publish(): generated names are as before. */
+void graph_withdraw(struct node *n);
+/* Close a node that is not in sight; if `flush`, flushed before, and a failure is logged. */
+co_fn void graph_close(struct node *n, bool flush);
+/* May it be deleted? Refused while anything uses it or a bitmap of it. */
+int graph_check_del(struct graph *g, const char *name, struct node **out, struct tide_error *err);
+/* Whoever it was opened for is through with it and has flushed it: unpublished and closed, if
+ * nobody else uses it by now. Under graph_effects_begin(). */
+co_fn void graph_retire(struct node *n);
+
+/* Open and publish; check, unpublish, flush and close: what nobody has to undo. Bitmaps go with the
+ * node. */
 co_fn int graph_add(struct graph *g, const struct q_blockdev_options *opts, struct node **out,
                     struct tide_error *err);
-/* As blockdev-del: refused while anything uses it. Bitmaps go with it. */
 co_fn int graph_del(struct graph *g, const char *name, struct tide_error *err);
 /* Shutdown: flush and close every node, parents first. Jobs and exports are gone. */
 co_fn void graph_close_all(struct graph *g);

@@ -532,7 +532,8 @@ int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n, enum q
                   struct quiesce **out, struct tide_error *err)
 {
     assert(loop_is_control() && !g->quiesce);
-    wait_after_failure(g);
+    if (n)
+        wait_after_failure(g);
     struct quiesce *q = mem_zalloc(sizeof *q + count_roots(g) * sizeof q->root[0]);
     if (!q)
         return tide_fail(err, -ENOMEM, "no memory to hold writes");

@@ -31,6 +31,7 @@ struct file {
      * through the page cache. NULL: there is no rest, or nobody writes. */
     struct io_file *rest;
     bool locking;
+    uint64_t dev, ino;
     unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
     /* Queries for the allocated size; control loop only. */
     uint64_t allocated; /* the last answer */
@@ -119,6 +120,8 @@ static int file_open_with(struct node *n, const struct file_options *o, struct t
     r = check_kind(n, &st, o->device, err);
     if (r < 0)
         return r;
+    s->dev = st.dev;
+    s->ino = st.ino;
     n->size = st.size;
     n->align = n->direct && st.align > 1 ? st.align : 1;
     s->allocated = st.allocated;
@@ -163,6 +166,12 @@ static void file_close(struct node *n)
         io_event_wait(&s->answered_all, IO_FOREVER);
     io_close(s->rest);
     io_close(s->f);
+}
+
+static bool file_is_file(const struct node *n, uint64_t dev, uint64_t ino)
+{
+    const struct file *s = n->state;
+    return s->dev == dev && s->ino == ino;
 }
 
 /* ------------------------------------------------------------------ locks */
@@ -389,7 +398,7 @@ static uint64_t file_allocated(struct node *n)
     .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,             \
     .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,    \
     .flush = file_flush, .extent = file_extent, .offload = file_offload,                           \
-    .allocated = file_allocated
+    .allocated = file_allocated, .is_file = file_is_file
 
 const struct driver_ops file_driver = {.name = "file", .open = file_open, FILE_OPS};
 const struct driver_ops host_device_driver = {
