@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Commands about nodes and their bitmaps that are no actions: adding, deleting, looking. */
+/* Queries about nodes and their bitmaps. */
 #include <errno.h>
 #include <nettle/sha2.h>
 #include <string.h>
@@ -20,19 +20,6 @@
 static int no_memory(struct tide_error *err)
 {
     return tide_fail(err, -ENOMEM, "no memory for the answer");
-}
-
-int qmp_blockdev_add(struct qmp_call *call, const struct q_blockdev_add *args, json_t **ret,
-                     struct tide_error *err)
-{
-    struct node *n;
-    return graph_add(call->inst->graph, args, &n, err);
-}
-
-int qmp_blockdev_del(struct qmp_call *call, const struct q_blockdev_del *args, json_t **ret,
-                     struct tide_error *err)
-{
-    return graph_del(call->inst->graph, args->node_name, err);
 }
 
 /* ------------------------------------------------------------------ queries about nodes */

@@ -10,3 +10,4 @@ extern const struct action_ops block_dirty_bitmap_add_ops, block_dirty_bitmap_re
 extern const struct action_ops x_block_dirty_bitmap_enable_ops, x_block_dirty_bitmap_disable_ops,
     x_block_dirty_bitmap_merge_ops;
 extern const struct action_ops blockdev_backup_ops;
+extern const struct action_ops blockdev_add_ops, blockdev_del_ops;

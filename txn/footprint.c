@@ -158,21 +158,84 @@ static void copy_footprint(const struct q_block_dirty_bitmap_copy *a, struct foo
     writes_bitmap(f, a->node, a->name);
 }
 
+/* ------------------------------------------------------------------ nodes */
+
+static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref);
+
+/* A node and those described inside it come to be; those that it names get a user. Their number
+ * is bounded by what the parser takes. */
+static void node_footprint(const struct q_blockdev_options *o, struct footprint *f)
+{
+    if (o->node_name)
+        writes(f, STORE_NODE, o->node_name, NULL);
+    switch (o->driver) {
+    case Q_BLOCKDEV_DRIVER_FILE:
+        return reads(f, STORE_FILE, o->u.file.filename, NULL);
+    case Q_BLOCKDEV_DRIVER_HOST_DEVICE:
+        return reads(f, STORE_FILE, o->u.host_device.filename, NULL);
+    case Q_BLOCKDEV_DRIVER_RAW:
+        return reads_ref(f, o->u.raw.file);
+    case Q_BLOCKDEV_DRIVER_BLKDEBUG:
+        return reads_ref(f, o->u.blkdebug.image);
+    case Q_BLOCKDEV_DRIVER_THROTTLE:
+        return reads_ref(f, o->u.throttle.file);
+    case Q_BLOCKDEV_DRIVER_NULL_CO:
+    case Q_BLOCKDEV_DRIVER_NULL_AIO:
+        return;
+    }
+}
+
+static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref)
+{
+    if (ref->kind == Q_KIND_STRING)
+        reads(f, STORE_NODE, ref->string, NULL);
+    else
+        node_footprint(ref->object, f);
+}
+
+#define CHILDREN_DEPTH 64u /* nodes stand no deeper on each other */
+
+/* They go with it or lose a user. */
+static void writes_children(struct footprint *f, const char *node, unsigned depth)
+{
+    const struct footprint_lookup *l = f->lookup;
+    const char *child;
+    for (unsigned i = 0; depth && (child = l->node_child(l->arg, node, i)); i++) {
+        writes(f, STORE_NODE, child, NULL);
+        writes_children(f, child, depth - 1);
+    }
+}
+
+static void del_footprint(const struct q_blockdev_del *a, struct footprint *f)
+{
+    writes(f, STORE_NODE, a->node_name, NULL);
+    if (f->lookup)
+        writes_children(f, a->node_name, CHILDREN_DEPTH);
+    else
+        writes(f, STORE_NODE, NULL, NULL);
+}
+
 /* ------------------------------------------------------------------ jobs */
+
+static void job_footprint(const char *device, const char *bitmap, const char *job_id,
+                          struct footprint *f)
+{
+    reads(f, STORE_NODE, device, NULL);
+    hold(f, device, NULL, true);
+    if (bitmap) {
+        reads(f, STORE_BITMAP, device, bitmap);
+        reads(f, STORE_BITMAP_BITS, device, bitmap);
+        writes(f, STORE_BITMAP_STATE, device, bitmap);
+    }
+    writes(f, STORE_JOB, job_id, NULL);
+    writes(f, STORE_NODE, device, NULL); /* who uses it */
+}
 
 static void backup_footprint(const struct q_blockdev_backup *a, struct footprint *f)
 {
-    reads(f, STORE_NODE, a->device, NULL);
+    job_footprint(a->device, a->bitmap, a->job_id, f);
     reads(f, STORE_NODE, a->target, NULL);
-    hold(f, a->device, NULL, true);
     hold(f, a->target, NULL, true);
-    if (a->bitmap) {
-        reads(f, STORE_BITMAP, a->device, a->bitmap);
-        reads(f, STORE_BITMAP_BITS, a->device, a->bitmap);
-        writes(f, STORE_BITMAP_STATE, a->device, a->bitmap);
-    }
-    writes(f, STORE_JOB, a->job_id, NULL);
-    writes(f, STORE_NODE, a->device, NULL); /* who uses them */
     writes(f, STORE_NODE, a->target, NULL);
 }
 
@@ -212,6 +275,10 @@ void action_footprint(int kind, const void *args, unsigned index, struct footpri
         return x_merge_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP:
         return backup_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_ADD:
+        return node_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_DEL:
+        return del_footprint(args, f);
     }
     assert(false);
 }
