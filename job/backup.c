@@ -357,6 +357,8 @@ static co_fn void backup_clean(struct job *j)
         mem_free(k);
     }
     free_parts(b);
+    if (b->opts.owns_target)
+        graph_retire(b->opts.target);
 }
 
 static unsigned backup_nodes(struct job *j, struct node **nodes)

@@ -11,6 +11,7 @@ enum backup_bitmap_mode { BACKUP_ON_SUCCESS, BACKUP_NEVER, BACKUP_ALWAYS };
 struct backup_options {
     struct job_options job;
     struct node *source, *target;
+    bool owns_target;            /* once it has started: the target is retired at its end */
     enum backup_sync sync;       /* never BACKUP_INCREMENTAL: that is BITMAP with ON_SUCCESS */
     struct dirty_bitmap *bitmap; /* of the source, or NULL */
     enum backup_bitmap_mode bitmap_mode;

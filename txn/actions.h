@@ -9,5 +9,5 @@ extern const struct action_ops block_dirty_bitmap_add_ops, block_dirty_bitmap_re
     block_dirty_bitmap_merge_ops, block_dirty_bitmap_rename_ops, block_dirty_bitmap_copy_ops;
 extern const struct action_ops x_block_dirty_bitmap_enable_ops, x_block_dirty_bitmap_disable_ops,
     x_block_dirty_bitmap_merge_ops;
-extern const struct action_ops blockdev_backup_ops;
+extern const struct action_ops blockdev_backup_ops, drive_backup_ops;
 extern const struct action_ops blockdev_add_ops, blockdev_del_ops;

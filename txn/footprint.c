@@ -239,6 +239,15 @@ static void backup_footprint(const struct q_blockdev_backup *a, struct footprint
     writes(f, STORE_NODE, a->target, NULL);
 }
 
+/* The node over the file is the job's own; a list cannot name it. */
+static void drive_backup_footprint(const struct q_drive_backup *a, struct footprint *f)
+{
+    job_footprint(a->device, a->bitmap, a->job_id, f);
+    if (a->mode == Q_NEW_IMAGE_MODE_EXISTING)
+        reads(f, STORE_FILE, a->target, NULL);
+    writes(f, STORE_FILE, a->target, NULL);
+}
+
 /* ------------------------------------------------------------------ all of them */
 
 void action_footprint(int kind, const void *args, unsigned index, struct footprint *f)
@@ -275,6 +284,8 @@ void action_footprint(int kind, const void *args, unsigned index, struct footpri
         return x_merge_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP:
         return backup_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_DRIVE_BACKUP:
+        return drive_backup_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_ADD:
         return node_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_DEL:

@@ -268,6 +268,15 @@ static bool is_staged_kind(const struct name_use *u)
     return u->name.kind == STORE_NODE || u->name.kind == STORE_FILE;
 }
 
+/* A file has many paths: one that is read may be any that was written. Who makes one looks at its
+ * own path only when its turn comes. */
+static bool may_be_same(const struct name_use *earlier, const struct name_use *own)
+{
+    if (own->name.kind == STORE_FILE && earlier->name.kind == STORE_FILE && !own->writes)
+        return true;
+    return store_name_meets(&earlier->name, &own->name);
+}
+
 /* Does an earlier action change a node or a file that action i names? */
 static bool stands_alone(const struct footprint *f, unsigned i)
 {
@@ -276,8 +285,7 @@ static bool stands_alone(const struct footprint *f, unsigned i)
         if (own->action != i || !is_staged_kind(own))
             continue;
         for (size_t e = 0; e < k && f->use[e].action < i; e++) {
-            if (f->use[e].writes && is_staged_kind(&f->use[e]) &&
-                store_name_meets(&f->use[e].name, &own->name))
+            if (f->use[e].writes && is_staged_kind(&f->use[e]) && may_be_same(&f->use[e], own))
                 return false;
         }
     }
