@@ -304,7 +304,7 @@ static uint64_t read_fraction(const char **s, uint64_t unit)
 }
 
 /* "64K", "1.5G", "4096", "0x1000". */
-static bool read_size(const char *s, uint64_t *out)
+bool schema_read_size(const char *s, uint64_t *out)
 {
     static const char suffixes[] = "bkmgtpe";
     uint64_t unit = 1, whole, part = 0;
@@ -340,7 +340,7 @@ static int read_whole(struct walk *w, const struct place *at, const struct schem
     out->negative = *s == '-';
     bool good;
     if (t == &schema_size_type)
-        good = read_size(s, &out->amount);
+        good = schema_read_size(s, &out->amount);
     else {
         s += out->negative;
         good = read_digits(&s, &out->amount) && !*s;

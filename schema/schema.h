@@ -42,6 +42,25 @@ struct schema_type; /* one row of the generated tables */
 int schema_parse(const struct schema_type *type, json_t *value, struct arena *a, unsigned flags,
                  void **out, struct tide_error *err);
 
+/* The way back: the JSON of a struct, a new reference. Absent is what schema_parse() leaves NULL;
+ * an optional scalar is there if its has_X is true or it is not 0, so that a designated initializer
+ * does without has_X; an alternate of kind Q_KIND_NULL with a string or an object is that. -EINVAL:
+ * a member is missing, no UTF-8, or no word of its enum. -ENOMEM. */
+int schema_unparse(const struct schema_type *type, const void *in, json_t **out,
+                   struct tide_error *err);
+
+/* What a person typed, in the types that `type` wants: a new value in which strings that spell a
+ * number, a size such as 64K, or a bool, where one is wanted, are one. All else is as it was, for
+ * schema_parse() to judge. NULL: no memory. */
+json_t *schema_typed(const struct schema_type *type, json_t *typed);
+
+/* What a union has besides, or in "data", if its tag is `word`; NULL: that is no value of the tag.
+ */
+const struct schema_type *schema_branch(const struct schema_type *type, const char *word);
+
+/* Is member `name` of `object` true or false? The object's tags say what members it has. */
+bool schema_is_bool(const struct schema_type *type, json_t *object, const char *name);
+
 /* What query-qmp-schema returns (a new reference), in the shape QEMU documents: opaque type names,
  * features, default: null for optional members. NULL: no memory. */
 json_t *schema_introspect(void);

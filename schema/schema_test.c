@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "base/mem.h"
+#include "schema/random_test.h"
 #include "schema/tables.h"
 #include "schema/types.h"
 #include <errno.h>
@@ -557,6 +558,96 @@ static void keyval_values_get_types(void **state)
     assert_string_equal(f->err.msg, "member 'latency-ns' must be a whole number, not '10K'");
 }
 
+/* ---- the way back ---- */
+
+/* All that is in `part` is in `whole` too; what is in `whole` besides are defaults. */
+static bool contains(json_t *whole, json_t *part)
+{
+    const char *key;
+    json_t *v;
+    size_t i;
+
+    if (json_is_object(part)) {
+        json_object_foreach (part, key, v)
+            if (!contains(json_object_get(whole, key), v))
+                return false;
+        return true;
+    }
+    if (json_is_array(part)) {
+        json_array_foreach (part, i, v)
+            if (!contains(json_array_get(whole, i), v))
+                return false;
+        return json_array_size(part) == json_array_size(whole);
+    }
+    return json_equal(whole, part);
+}
+
+static void structs_become_json_again(void **state)
+{
+    struct fixture *f = *state;
+    static const struct schema_type *const types[] = {
+        &q_transaction_action_type, &q_blockdev_options_type, &q_nbd_server_start_type};
+    uint64_t seed = 3;
+    for (int i = 0; i < 6000; i++) {
+        const struct schema_type *t = types[i % 3];
+        json_t *v = random_value(t, &seed, 0), *back, *again;
+        void *parsed;
+        if (schema_parse(t, v, &f->arena, 0, &parsed, &f->err) < 0)
+            fail_msg("%s", f->err.msg);
+        if (schema_unparse(t, parsed, &back, &f->err) < 0)
+            fail_msg("%s", f->err.msg);
+        if (!contains(back, v))
+            fail_msg("number %d: %s became %s", i, json_dumps(v, 0), json_dumps(back, 0));
+        assert_int_equal(schema_parse(t, back, &f->arena, 0, &parsed, &f->err), 0);
+        assert_int_equal(schema_unparse(t, parsed, &again, &f->err), 0);
+        assert_true(json_equal(back, again));
+        json_decref(v);
+        json_decref(back);
+        json_decref(again);
+        arena_free(&f->arena);
+    }
+}
+
+static void structs_written_by_hand(void **state)
+{
+    struct fixture *f = *state;
+    struct q_block_dirty_bitmap_or_str list[] = {
+        {.string = "a"}, {.object = &(struct q_block_dirty_bitmap){"d", "b"}}};
+    struct q_block_dirty_bitmap_merge merge = {"n", "t", 2, list};
+    struct q_block_dirty_bitmap_add add = {.node = "n", .name = "b", .disabled = true};
+    json_t *v;
+    assert_int_equal(schema_unparse(&q_block_dirty_bitmap_merge_type, &merge, &v, &f->err), 0);
+    json_t *want = json_loads("{\"node\": \"n\", \"target\": \"t\", \"bitmaps\": [\"a\", "
+                              "{\"node\": \"d\", \"name\": \"b\"}]}",
+                              0, NULL);
+    assert_true(json_equal(v, want));
+    json_decref(v);
+    json_decref(want);
+    assert_int_equal(schema_unparse(&q_block_dirty_bitmap_add_type, &add, &v, &f->err), 0);
+    assert_int_equal(json_object_size(v), 3); /* no granularity, no persistent */
+    assert_true(json_is_true(json_object_get(v, "disabled")));
+    json_decref(v);
+    add.has_persistent = true;
+    assert_int_equal(schema_unparse(&q_block_dirty_bitmap_add_type, &add, &v, &f->err), 0);
+    assert_true(json_is_false(json_object_get(v, "persistent")));
+    json_decref(v);
+    add.name = NULL;
+    assert_int_equal(schema_unparse(&q_block_dirty_bitmap_add_type, &add, &v, &f->err), -EINVAL);
+    assert_string_equal(f->err.msg, "member 'name' is missing");
+    assert_null(v);
+    add.name = "\xff";
+    assert_int_equal(schema_unparse(&q_block_dirty_bitmap_add_type, &add, &v, &f->err), -EINVAL);
+    assert_string_equal(f->err.msg, "member 'name' is no valid UTF-8 text");
+    merge.bitmaps = NULL;
+    assert_int_equal(schema_unparse(&q_block_dirty_bitmap_merge_type, &merge, &v, &f->err),
+                     -EINVAL);
+    struct q_blockdev_backup backup = {.device = "d", .target = "t", .sync = 99};
+    assert_int_equal(schema_unparse(&q_blockdev_backup_type, &backup, &v, &f->err), -EINVAL);
+    assert_non_null(strstr(f->err.msg, "'sync'"));
+    struct q_transaction_action unknown = {.type = 99, .data = &add};
+    assert_int_equal(schema_unparse(&q_transaction_action_type, &unknown, &v, &f->err), -EINVAL);
+}
+
 /* ---- introspection ---- */
 
 static void introspection_is_closed(void **state)
@@ -613,6 +704,8 @@ int main(void)
         T(keyval_becomes_json),
         T(keyval_refuses),
         T(keyval_values_get_types),
+        T(structs_become_json_again),
+        T(structs_written_by_hand),
         T(introspection_is_closed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

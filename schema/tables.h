@@ -70,3 +70,6 @@ struct schema_type {
 extern const struct schema_type schema_str_type, schema_bool_type, schema_int_type,
     schema_int32_type, schema_uint16_type, schema_uint32_type, schema_uint64_type, schema_size_type,
     schema_number_type, schema_any_type;
+
+/* "64K", "1.5G", "4096", "0x1000": parse.c. */
+bool schema_read_size(const char *s, uint64_t *out);
