@@ -20,6 +20,7 @@
  */
 #include "base/mem.h"
 #include "cli/backup.h"
+#include "cli/interrupt.h"
 #include "cli/progress.h"
 #include "cli/view.h"
 #include <errno.h>
@@ -489,7 +490,7 @@ int backup_wait(struct backup *b, struct tide_error *err)
             break;
         progress_draw(&p, lines, b->n, false);
         r = pause_for_event(b, err);
-        if (r == 0 && client_interrupted())
+        if (r == 0 && interrupted())
             r = tide_fail(err, -EINTR, "interrupted; no point was made, and nothing is forgotten");
     }
     progress_end(&p);

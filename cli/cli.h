@@ -6,7 +6,7 @@
  * exit codes below; whoever finds an error prints it, once, with cli_error() or cli_fail(). */
 #pragma once
 #include "base/error.h"
-#include "cli/client.h"
+#include "lib/client.h"
 #include <jansson.h>
 #include <stdbool.h>
 #include <stddef.h>

@@ -5,13 +5,13 @@
 #include "base/mem.h"
 #include "cli/backup.h"
 #include "cli/cli.h"
-#include "cli/client.h"
 #include "cli/image.h"
 #include "cli/manifest.h"
 #include "cli/ranges.h"
 #include "cli/size.h"
 #include "cli/table.h"
 #include "cli/view.h"
+#include "lib/client.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "cli/backup.h"
 #include "cli/image.h"
+#include "cli/interrupt.h"
 #include "cli/progress.h"
 #include "cli/size.h"
 #include "cli/table.h"
@@ -159,7 +160,7 @@ static int scan_moved(void *opaque, uint64_t bytes)
     struct scan_progress *s = opaque;
     s->line.done += bytes;
     progress_draw(&s->p, &s->line, 1, false);
-    return client_interrupted() ? -EINTR : 0;
+    return interrupted() ? -EINTR : 0;
 }
 
 static int sync_file(const struct backup_disk *d, struct tide_error *err)
@@ -384,7 +385,7 @@ static int run(struct backup *b)
     if (r < 0)
         return cli_fail(&err);
     sweep_dir(b);
-    client_catch_interrupts();
+    interrupts_catch();
     r = backup_sweep(b, &err);
     if (r == 0)
         r = backup_plan(b, &err);

@@ -7,6 +7,7 @@
 #include "base/mem.h"
 #include "cli/cli.h"
 #include "cli/image.h"
+#include "cli/interrupt.h"
 #include "cli/manifest.h"
 #include "cli/progress.h"
 #include "cli/size.h"
@@ -79,7 +80,7 @@ static int moved(void *opaque, uint64_t bytes)
     struct work *w = opaque;
     w->line.done += bytes;
     progress_draw(&w->p, &w->line, 1, false);
-    return client_interrupted() ? -EINTR : 0;
+    return interrupted() ? -EINTR : 0;
 }
 
 /* ---- points ---- */
@@ -196,7 +197,7 @@ int cmd_verify(struct cli *c)
         return r == -EBADMSG ? CLI_NO : CLI_FAILED;
     }
     struct verify v = {.list = cli_pack("[]")};
-    client_catch_interrupts();
+    interrupts_catch();
     r = verify_all(c, dir_fd, &m, &v);
     int code = r < 0 ? CLI_FAILED : v.n_bad ? CLI_NO : CLI_DONE;
     if (c->json)
@@ -515,7 +516,7 @@ int cmd_restore(struct cli *c)
         return cli_usage(c, "'--to' and '--disk' exclude each other");
     if (open_backup(c->args[0], true, &r.dir_fd, &r.manifest, &err) < 0)
         return cli_fail(&err);
-    client_catch_interrupts();
+    interrupts_catch();
     int code = restore(&r);
     restore_free(&r);
     return code;

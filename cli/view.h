@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What several commands ask of the daemon: nodes, their bitmaps, a bitmap's dirty ranges. */
 #pragma once
-#include "cli/client.h"
 #include "cli/ranges.h"
+#include "lib/client.h"
 
 /* All nodes, oldest first: an array that the caller owns. */
 int view_nodes(struct client *c, json_t **nodes, struct tide_error *err);

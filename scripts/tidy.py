@@ -101,7 +101,8 @@ MAY_INCLUDE = {
     'txn': 'base co io schema event bitmap block job export store',
     'qmp': 'base co io schema event bitmap block job export store txn',
     'tidemarkd': 'base co io schema event bitmap block job export store txn qmp',
-    'cli': 'base',
+    'lib': 'base schema',
+    'cli': 'base lib',
     'bench': '',
 }
 ALSO = {('bench', 'base/bytes.h')}  # the load generator measures from outside
@@ -275,7 +276,7 @@ WRITABLE = {
     ('co', 'deepest'): 'of a thread; measured only when a test asks',
     ('co', 'measuring'): 'of a thread; switched on by a test',
     ('io', 'current_loop'): 'of a thread, set by the engine: what loop_self() says',
-    ('cli', 'interrupted'): 'set by a signal handler; the tool is no daemon',
+    ('cli', 'was_interrupted'): 'set by a signal handler; the tool is no daemon',
 }
 
 

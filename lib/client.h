@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A blocking QMP client over a UNIX socket: one command at a time, events kept for who asks.
- * One thread. */
+/* A blocking QMP client over a UNIX socket: one command at a time, events kept for who asks. The
+ * tool and the public library are made of it. Any thread, one at a time. */
 #pragma once
 #include "base/error.h"
 #include <errno.h>
@@ -12,6 +12,7 @@ struct client;
 /* What a failed call carries in err->code. */
 #define CLIENT_REFUSED (-EREMOTEIO)    /* the daemon answered with an error; its words and class */
 #define CLIENT_UNREACHABLE (-ENOTCONN) /* nobody listens, or the connection is gone */
+/* And -ETIMEDOUT, -ENOMEM: after any error but CLIENT_REFUSED the connection is of no use. */
 
 /* Connects, reads the greeting and negotiates. -ENOTCONN, with words, if that does not work. */
 int client_open(const char *path, struct client **out, struct tide_error *err);
@@ -21,6 +22,13 @@ void client_close(struct client *c); /* NULL is fine */
  * returned value, which the caller owns; `reply` may be NULL. */
 int client_call(struct client *c, const char *command, json_t *args, json_t **reply,
                 struct tide_error *err);
+
+/* The most that a command may take from now on; at first, and with -1, for ever. */
+void client_set_timeout(struct client *c, int timeout_ms);
+
+/* The member "data" of the error that the last command was refused with; NULL: none. Borrowed until
+ * the next command. */
+const json_t *client_error_data(const struct client *c);
 
 /* The same for a whole request object that somebody wrote by hand. Steals `request`. */
 int client_send(struct client *c, json_t *request, json_t **reply, struct tide_error *err);
@@ -34,8 +42,3 @@ int client_event(struct client *c, int timeout_ms, json_t **event, struct tide_e
 
 /* Waits until the daemon closes the connection, at most `timeout_ms`. -ETIMEDOUT with words. */
 int client_wait_close(struct client *c, int timeout_ms, struct tide_error *err);
-
-/* From now on SIGINT, SIGTERM and SIGHUP are noted and do not end the process; a second one does.
- */
-void client_catch_interrupts(void);
-bool client_interrupted(void);

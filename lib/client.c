@@ -5,12 +5,10 @@
  * before the answer of the command that caused them. The stream promises no line ends, so a small
  * scanner finds where an object ends (it counts brackets outside strings, and never looks at a byte
  * twice); the parser then sees whole objects only. */
-#include "cli/client.h"
+#include "lib/client.h"
 #include "base/mem.h"
-#include <assert.h>
 #include <errno.h>
 #include <poll.h>
-#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -29,29 +27,11 @@ struct client {
     size_t used, size, scanned;
     unsigned depth; /* open brackets at `scanned` */
     bool in_string, escaped;
-    json_t *events; /* array, oldest first */
+    json_t *events;     /* array, oldest first */
+    json_t *error_data; /* of the last refusal, or NULL */
+    int timeout_ms;     /* for one command; -1: none */
+    bool broken;        /* an answer may still come that nobody waits for: of no use any more */
 };
-
-static volatile sig_atomic_t interrupted;
-
-static void note_interrupt(int signo)
-{
-    interrupted = 1;
-}
-
-void client_catch_interrupts(void)
-{
-    struct sigaction sa = {.sa_handler = note_interrupt, .sa_flags = (int)SA_RESETHAND};
-    sigemptyset(&sa.sa_mask);
-    sigaction(SIGINT, &sa, NULL);
-    sigaction(SIGTERM, &sa, NULL);
-    sigaction(SIGHUP, &sa, NULL);
-}
-
-bool client_interrupted(void)
-{
-    return interrupted != 0;
-}
 
 static int64_t now_ms(void)
 {
@@ -74,8 +54,9 @@ static int no_memory(struct tide_error *err)
     return tide_fail(err, -ENOMEM, "no memory for the daemon's answer");
 }
 
-static int lost(struct tide_error *err, int errnum)
+static int lost(struct client *c, struct tide_error *err, int errnum)
 {
+    c->broken = true;
     if (errnum == 0)
         return tide_fail(err, CLIENT_UNREACHABLE, "the daemon closed the connection");
     return tide_fail(err, CLIENT_UNREACHABLE, "the connection to the daemon broke: %s",
@@ -125,9 +106,9 @@ static int fill(struct client *c, struct tide_error *err)
     }
     ssize_t n = recv(c->fd, c->buf + c->used, c->size - c->used, 0);
     if (n < 0)
-        return errno == EINTR ? 0 : lost(err, errno);
+        return errno == EINTR ? 0 : lost(c, err, errno);
     if (n == 0)
-        return lost(err, 0);
+        return lost(c, err, 0);
     c->used += (size_t)n;
     return 0;
 }
@@ -145,7 +126,7 @@ static int next_object(struct client *c, int64_t deadline, bool interruptible, j
         if (r == 0 || (r < 0 && errno == EINTR && interruptible))
             return 0;
         if (r < 0 && errno != EINTR)
-            return lost(err, errno);
+            return lost(c, err, errno);
         r = r < 0 ? 0 : fill(c, err);
         if (r < 0)
             return r;
@@ -166,14 +147,37 @@ static int keep_event(struct client *c, json_t *event, struct tide_error *err)
     return json_array_append_new(c->events, event) < 0 ? no_memory(err) : 0;
 }
 
-static int send_all(struct client *c, const char *text, size_t len, struct tide_error *err)
+static int too_late(struct client *c, struct tide_error *err)
+{
+    c->broken = true;
+    return tide_fail(err, -ETIMEDOUT, "the daemon did not answer within %d ms", c->timeout_ms);
+}
+
+/* Waits until the socket takes more. */
+static int await_room(struct client *c, int64_t deadline, struct tide_error *err)
+{
+    struct pollfd p = {.fd = c->fd, .events = POLLOUT};
+    int r = poll(&p, 1, left_ms(deadline));
+    if (r == 0)
+        return too_late(c, err);
+    return r < 0 && errno != EINTR ? lost(c, err, errno) : 0;
+}
+
+static int send_all(struct client *c, const char *text, size_t len, int64_t deadline,
+                    struct tide_error *err)
 {
     while (len > 0) {
-        ssize_t n = send(c->fd, text, len, MSG_NOSIGNAL);
+        ssize_t n = send(c->fd, text, len, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0 && errno == EAGAIN) {
+            int r = await_room(c, deadline, err);
+            if (r < 0)
+                return r;
+            continue;
+        }
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
-            return lost(err, errno);
+            return lost(c, err, errno);
         text += n;
         len -= (size_t)n;
     }
@@ -181,7 +185,7 @@ static int send_all(struct client *c, const char *text, size_t len, struct tide_
 }
 
 /* An answer: the value, or the daemon's error in ours. Steals `message`. */
-static int take_answer(json_t *message, json_t **reply, struct tide_error *err)
+static int take_answer(struct client *c, json_t *message, json_t **reply, struct tide_error *err)
 {
     int r = 0;
     json_t *value = json_object_get(message, "return");
@@ -195,22 +199,24 @@ static int take_answer(json_t *message, json_t **reply, struct tide_error *err)
         for (int i = TIDE_COMMAND_NOT_FOUND; class && i <= TIDE_DEVICE_NOT_ACTIVE; i++)
             if (strcmp(class, tide_class_name((enum tide_class)i)) == 0)
                 k = (enum tide_class)i;
+        c->error_data = json_incref(json_object_get(json_object_get(message, "error"), "data"));
         r = tide_fail_class(err, k, CLIENT_REFUSED, "%s", desc ? desc : "error without words");
     }
     json_decref(message);
     return r;
 }
 
-static int await_answer(struct client *c, json_t **reply, struct tide_error *err)
+static int await_answer(struct client *c, int64_t deadline, json_t **reply, struct tide_error *err)
 {
     for (;;) {
         json_t *message;
-        int r = next_object(c, -1, false, &message, err);
+        int r = next_object(c, deadline, false, &message, err);
         if (r < 0)
             return r;
-        assert(message);
+        if (!message)
+            return too_late(c, err);
         if (!json_object_get(message, "event"))
-            return take_answer(message, reply, err);
+            return take_answer(c, message, reply, err);
         r = keep_event(c, message, err);
         if (r < 0)
             return r;
@@ -221,15 +227,36 @@ int client_send(struct client *c, json_t *request, json_t **reply, struct tide_e
 {
     if (reply)
         *reply = NULL;
+    json_decref(c->error_data);
+    c->error_data = NULL;
+    if (c->broken) {
+        json_decref(request);
+        return tide_fail(err, CLIENT_UNREACHABLE, "the connection to the daemon was lost before");
+    }
     char *json = json_dumps(request, JSON_COMPACT);
     char *text = json ? mem_printf("%s\n", json) : NULL;
     json_decref(request);
     free(json);
     if (!text)
         return no_memory(err);
-    int r = send_all(c, text, strlen(text), err);
+    int64_t deadline = c->timeout_ms < 0 ? -1 : now_ms() + c->timeout_ms;
+    int r = send_all(c, text, strlen(text), deadline, err);
     mem_free(text);
-    return r < 0 ? r : await_answer(c, reply, err);
+    if (r == 0)
+        r = await_answer(c, deadline, reply, err);
+    if (r < 0 && r != CLIENT_REFUSED)
+        c->broken = true;
+    return r;
+}
+
+void client_set_timeout(struct client *c, int timeout_ms)
+{
+    c->timeout_ms = timeout_ms;
+}
+
+const json_t *client_error_data(const struct client *c)
+{
+    return c->error_data;
 }
 
 int client_call(struct client *c, const char *command, json_t *args, json_t **reply,
@@ -286,7 +313,10 @@ static int connect_to(const char *path, int *fd, struct tide_error *err)
     *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (*fd < 0)
         return tide_fail(err, -errno, "cannot make a socket: %s", tide_strerror(errno));
-    if (connect(*fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
+    /* Without room among the waiting clients connect() waits. */
+    struct timeval most = {.tv_sec = GREETING_TIMEOUT_MS / 1000};
+    if (setsockopt(*fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most) < 0 ||
+        connect(*fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
         int errnum = errno;
         close(*fd);
         return tide_fail(err, CLIENT_UNREACHABLE, "no daemon at '%s': %s", path,
@@ -309,7 +339,8 @@ static int negotiate(struct client *c, const char *path, struct tide_error *err)
             "'%s' takes the connection but does not greet; it may serve another client", path);
     if (!qmp)
         return tide_fail(err, CLIENT_UNREACHABLE, "what listens at '%s' does not speak QMP", path);
-    return client_call(c, "qmp_capabilities", NULL, NULL, err);
+    r = client_call(c, "qmp_capabilities", NULL, NULL, err);
+    return r == -ETIMEDOUT ? tide_fail(err, CLIENT_UNREACHABLE, "%s", err->msg) : r;
 }
 
 int client_open(const char *path, struct client **out, struct tide_error *err)
@@ -318,14 +349,20 @@ int client_open(const char *path, struct client **out, struct tide_error *err)
     int r = connect_to(path, &fd, err);
     if (r < 0)
         return r;
-    struct client *c = mem_new(struct client);
+    struct client *c = mem_zalloc(sizeof *c);
+    if (!c) {
+        close(fd);
+        return no_memory(err);
+    }
     c->fd = fd;
+    c->timeout_ms = GREETING_TIMEOUT_MS;
     c->events = json_array();
     r = c->events ? negotiate(c, path, err) : no_memory(err);
     if (r < 0) {
         client_close(c);
         return r;
     }
+    c->timeout_ms = -1;
     *out = c;
     return 0;
 }
@@ -336,6 +373,7 @@ void client_close(struct client *c)
         return;
     close(c->fd);
     json_decref(c->events);
+    json_decref(c->error_data);
     mem_free(c->buf);
     mem_free(c);
 }
