@@ -113,4 +113,7 @@ int cmd_job_ls(struct cli *c);
 int cmd_job_wait(struct cli *c);
 int cmd_job_cancel(struct cli *c);
 int cmd_txn_run(struct cli *c);
+int cmd_txn_check(struct cli *c);
+int cmd_txn_explain(struct cli *c);
+int cmd_txn_log(struct cli *c);
 int cmd_qmp(struct cli *c);

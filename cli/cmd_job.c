@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* job ls, wait, cancel; txn run; qmp: jobs, and the doors for those who write JSON. */
+/* job ls, wait, cancel; qmp: jobs, and the door for those who write JSON. */
 #include "base/mem.h"
 #include "cli/cli.h"
 #include "cli/progress.h"
@@ -292,49 +292,6 @@ int cmd_job_wait(struct cli *c)
         mem_free(w.jobs[i].error);
     mem_free(w.jobs);
     return code;
-}
-
-/* ---- txn run ---- */
-
-static json_t *read_json(const char *path, struct tide_error *err)
-{
-    json_error_t why;
-    json_t *v = strcmp(path, "-") == 0 ? json_loadf(stdin, JSON_REJECT_DUPLICATES, &why)
-                                       : json_load_file(path, JSON_REJECT_DUPLICATES, &why);
-    if (!v)
-        tide_fail(err, -EINVAL, "'%s', line %d: %s", path, why.line, why.text);
-    return v;
-}
-
-int cmd_txn_run(struct cli *c)
-{
-    struct tide_error err;
-    json_t *list = read_json(c->args[0], &err);
-    if (!list)
-        return cli_fail(&err);
-    json_t *request = json_is_array(list) ? cli_pack("{s:O}", "actions", list) : json_incref(list);
-    json_decref(list);
-    size_t n = json_array_size(json_object_get(request, "actions"));
-    if (!json_is_array(json_object_get(request, "actions"))) {
-        json_decref(request);
-        return cli_usage(c, "'%s' holds neither a list of actions nor an object with 'actions'",
-                         c->args[0]);
-    }
-    int code = cli_connect(c);
-    if (code != CLI_DONE) {
-        json_decref(request);
-        return code;
-    }
-    if (client_call(c->client, "transaction", request, NULL, &err) < 0) {
-        code = cli_fail(&err);
-        if (err.code == CLIENT_REFUSED)
-            cli_hint("nothing was changed: all actions take effect, or none");
-        return code;
-    }
-    if (c->json)
-        return cli_print_json(cli_pack("{s:i}", "actions", (int)n));
-    printf("%zu action%s done\n", n, n == 1 ? "" : "s");
-    return CLI_DONE;
 }
 
 /* ---- qmp ---- */

@@ -69,6 +69,39 @@ static const struct cli_option restore_options[] = {
     {0},
 };
 
+static const struct cli_option run_options[] = {
+    {"grouped", NULL, "jobs end together: all succeed or all are undone"},
+    {"id", "ID", "name for the list, so that it can be sent again"},
+    {"retry", "SECONDS", "send again if the connection is lost; chooses an id"},
+    {0},
+};
+static const struct cli_option check_options[] = {
+    {"grouped", NULL, "as for 'txn run'"},
+    {0},
+};
+static const struct cli_option explain_options[] = {
+    {"dot", NULL, "a graph for Graphviz"},
+    {0},
+};
+static const struct cli_option log_options[] = {
+    {"limit", "N", "the last N only (the daemon keeps 256)"},
+    {0},
+};
+
+#define TXN_LIST                                                                                   \
+    "FILE ('-': standard input) has an action on each line, # begins a comment:\n"                 \
+    "  add NODE/NAME [granularity=SIZE] [disabled]    remove|clear NODE/NAME\n"                    \
+    "  merge NODE/TARGET from SOURCE...               enable|disable NODE/NAME\n"                  \
+    "  copy NODE/NAME [disabled] from SOURCE...       rename NODE/NAME to NEW\n"                   \
+    "  backup NODE to TARGET sync=MODE job=ID ...     abort\n"                                     \
+    "  export-add TYPE id=ID node=NODE ...            export-del ID\n"                             \
+    "  export-set-node ID to NODE                     node-add DRIVER node=NAME ...\n"             \
+    "  node-del NODE                                  KIND KEY=VALUE... for any other\n"           \
+    "A SOURCE is NAME or NODE/NAME; names with blanks, quotes or slashes stand in \"\".\n"         \
+    "FILE may also be JSON: a list of actions, or an object with 'actions' and\n"                  \
+    "'properties', as the QMP command 'transaction' takes them.\n"                                 \
+    "\n"
+
 static const struct cli_command commands[] = {
     {"serve", "IMAGE|NAME=IMAGE...", "start a daemon that serves images over NBD",
      "Starts tidemarkd in the background. Every image becomes a disk, named after its\n"
@@ -157,14 +190,38 @@ static const struct cli_command commands[] = {
      NULL, 1, ANY, cmd_job_wait},
     {"job cancel", "ID", "cancel a job", "Example:\n  tidemark job cancel copy1\n", NULL, 1, 1,
      cmd_job_cancel},
-    {"txn run", "FILE", "run a list of actions as one transaction",
-     "FILE holds a JSON list of actions, or an object with 'actions' and 'properties',\n"
-     "as the QMP command 'transaction' takes them; '-' is standard input.\n"
+    {"txn run", "FILE", "carry out a list of actions: all or none",
+     "If an action fails, all before it are undone, and where it stands is printed.\n" TXN_LIST
+     "The outcome of a list that is sent with an id is remembered by the daemon, as long\n"
+     "as it runs: the same list under the same id is not carried out again. --retry\n"
+     "makes use of that: if the connection is lost before the answer, it connects again\n"
+     "and sends the same.\n"
      "\n"
-     "Example:\n"
-     "  echo '[{\"type\": \"block-dirty-bitmap-clear\",\n"
-     "          \"data\": {\"node\": \"disk1\", \"name\": \"b0\"}}]' | tidemark txn run -\n",
-     NULL, 1, 1, cmd_txn_run},
+     "Examples:\n"
+     "  tidemark txn run nightly.txn --grouped\n"
+     "  echo 'clear disk1/b0' | tidemark txn run - --retry 30\n",
+     run_options, 1, 1, cmd_txn_run},
+    {"txn check", "FILE", "what a list of actions would do",
+     "The daemon carries out the list and undoes it, within one pause of the guests.\n"
+     "What each action found and did is printed. Exit code 1 if it would fail.\n" TXN_LIST
+     "Examples:\n"
+     "  tidemark txn check nightly.txn\n"
+     "  tidemark txn check nightly.txn --json | jq '.actions[].sees'\n",
+     check_options, 1, 1, cmd_txn_check},
+    {"txn explain", "FILE", "which actions of a list depend on which",
+     "Two actions depend on each other if one writes what the other reads or writes:\n"
+     "they must stay in this order. Others may be swapped. Also printed: whose requests\n"
+     "would wait meanwhile. Needs no daemon; with --socket it asks that one, which knows\n"
+     "more, such as the node that an export shows.\n" TXN_LIST "Examples:\n"
+     "  tidemark txn explain nightly.txn\n"
+     "  tidemark txn explain nightly.txn --dot | dot -Tsvg > nightly.svg\n",
+     explain_options, 1, 1, cmd_txn_explain},
+    {"txn log", "", "the transactions of the past, newest last",
+     "Plain commands that change something are transactions too: lists of one.\n"
+     "HELD is for how long guests had to wait.\n"
+     "\n"
+     "Examples:\n  tidemark txn log --limit 10\n  tidemark txn log --json\n",
+     log_options, 0, 0, cmd_txn_log},
     {"qmp", "COMMAND [ARGUMENTS]", "send any QMP command, print the answer",
      "COMMAND is a name, or a whole request as a JSON object.\n"
      "\n"
