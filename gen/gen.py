@@ -7,7 +7,7 @@
 The notation is explained at the head of schema/control.toml, the C names in schema/schema.h. The
 output depends on the content of the files only, so it is the same everywhere. One class per kind of
 declaration, one function per output file; add an output by writing a function and naming it in
-OUTPUTS.
+OUTPUTS, or in LIBRARY what only the public library needs.
 """
 import argparse
 import json
@@ -665,6 +665,122 @@ def actions_c(schema):
     return "".join(out)
 
 
+# ---- the public library: tidemark/actions.h, lib/library.c ---------------------------------------
+
+def action_types(schema):
+    """All types that the arguments of actions are made of, by kind."""
+    todo, seen = [a.args for a in schema.actions], {}
+    while todo:
+        t = todo.pop()
+        if t.name not in seen:
+            seen[t.name] = t
+            todo += [schema.types[r] for r in t.refs() if r not in BUILTINS]
+    return {kind: [t for t in schema.of_kind(kind) if t.name in seen]
+            for kind in ("enum", "struct", "alternate", "union")}
+
+
+def public(text):
+    """The same declaration under the names of the library."""
+    return re.sub(r"\bQ_", "TIDE_", re.sub(r"\bq_", "tide_", text)).replace("json_t *", "struct json_t *")
+
+
+def comment(text, indent=""):
+    width = 100 - len(indent)
+    lines, line = [], "/*"
+    for word in (text + " */").split():
+        if len(line) + 1 + len(word) > width:
+            lines.append(indent + line)
+            line = " *"
+        line += " " + word
+    return "\n".join([*lines, indent + line]) + "\n"
+
+
+def public_member(schema, m):
+    notes = "" if not m.optional else " (optional)" if m.default is None else f" (optional; {m.default})"
+    c = re.sub(r"^( +)(struct \w+ \*)", r"\1const \2", public(c_member(schema, m)), flags=re.M)
+    return comment(m.doc + notes, "    ") + c.replace("const char **", "const char *const *")
+
+
+def public_struct(schema, t):
+    body = "".join(public_member(schema, m) for m in t.members) or "    char dummy; /* no members */\n"
+    if t.kind == "union" and used_branches(t):
+        body += comment(f"what {t.tag.name} says", "    ") + "    union {\n"
+        body += "".join(public(f"        struct q_{b.cname} {ident(w)};\n") for w, b in used_branches(t))
+        body += "    } u;\n"
+    return f"{comment(t.doc)}struct tide_{t.cname} {{\n{body}}};\n\n"
+
+
+def public_enum(t):
+    values = "".join(comment(v[1], "    ") + f"    {public(t.const(v[0]))},\n" for v in t.values)
+    return f"{comment(t.doc)}enum tide_{t.cname} {{\n{values}}};\n\n"
+
+
+def adder(a):
+    args = f", const struct tide_{a.args.cname} *args" if a.args.members else ""
+    return f"int tide_txn_{a.cname}(struct tide_txn *txn{args})"
+
+
+ACTIONS_H = """/* What a list of actions is made of: see tidemark/tidemark.h, which includes this.
+ *
+ * Strings are UTF-8, end with a zero byte, and are copied. What is optional is left out by being 0 or
+ * NULL; an optional number, bool or word of which 0 is meant has a has_X to say so. A list is a pointer
+ * to its first element, with the number of elements before it. Of a choice between a name and an
+ * object (with a `kind`), give one of them and leave `kind` alone.
+ *
+ * The functions add an action behind those that the list has. 0, -EINVAL (a member is missing or no
+ * UTF-8) or -ENOMEM; a failure is remembered, so that tide_txn_run() returns it and runs nothing. */
+"""
+
+
+def actions_h(schema):
+    types = action_types(schema)
+    for kind in types["union"]:
+        if kind.wrapped:
+            raise Bad(f"{kind.name}: a wrapped union in an action is not provided for in the library")
+    rows = [t for k in ("struct", "alternate", "union") for t in types[k]]
+    out = [LICENSE, f"/* {NOTICE} */\n", ACTIONS_H,
+           "#pragma once\n#include <stdbool.h>\n#include <stddef.h>\n#include <stdint.h>\n\n"
+           "#ifdef __cplusplus\nextern \"C\" {\n#endif\n\nstruct tide_txn;\n\n"]
+    if types["alternate"]:
+        out.append("enum tide_kind {\n" + "".join(f"    TIDE_KIND_{k},\n" for k in KINDS) + "};\n\n")
+    out += [public_enum(t) for t in types["enum"]]
+    out += [f"struct tide_{t.cname};\n" for t in rows] + ["\n"]
+    out += [public_struct(schema, t) for t in types["struct"]]
+    out += [public(c_alternate(schema, t)) for t in types["alternate"]]
+    out += [public_struct(schema, t) for t in types["union"]]
+    out += [comment(a.doc) + adder(a) + ";\n" for a in schema.actions]
+    out.append("\n#ifdef __cplusplus\n}\n#endif\n")
+    return "".join(out)
+
+
+def layout_checks(t):
+    """The library reads the public structs by the rows of the ones inside."""
+    def same(expr):
+        return f"_Static_assert({expr % 'tide_'} == {expr % 'q_'}, \"{t.name}\");\n"
+    names = [m.c for m in t.members] if t.kind != "alternate" else ["kind"]
+    names += [f"has_{m.c}" for m in t.members if m.optional and is_scalar(t.schema, m)] \
+        if t.kind != "alternate" else []
+    if t.kind == "union" and used_branches(t):
+        names.append("u")
+    out = same(f"sizeof(struct %s{t.cname})")
+    return out + "".join(same(f"offsetof(struct %s{t.cname}, {n})") for n in names)
+
+
+def library_c(schema):
+    types = action_types(schema)
+    out = [LICENSE, f"/* Adding actions, kind by kind. {NOTICE} */\n",
+           "#include <stddef.h>\n\n#include \"lib/txn.h\"\n#include \"schema/types.h\"\n\n"]
+    out += [layout_checks(t) for k in ("struct", "alternate", "union") for t in types[k]]
+    for t in types["enum"]:
+        out.append(f"_Static_assert((int){public(t.const(t.values[-1][0]))} == "
+                   f"(int){t.const(t.values[-1][0])}, \"{t.name}\");\n")
+    for a in schema.actions:
+        args = "args" if a.args.members else '""'
+        out.append(f"\n{adder(a)}\n{{\n    return txn_add(txn, {c_string(a.name)}, "
+                   f"&q_{a.args.cname}_type, {args});\n}}\n")
+    return "".join(out)
+
+
 # ---- manual and words ---------------------------------------------------------------------------
 
 def md_members(members):
@@ -732,17 +848,18 @@ OUTPUTS = {
     "handlers.h": handlers_h, "commands.c": commands_c, "actions.c": actions_c,
     "qmp.md": qmp_md, "words.txt": words_txt,
 }
+LIBRARY = {"actions.h": actions_h, "library.c": library_c}  # only when asked for
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--only", action="append", choices=OUTPUTS, help="write this file only")
+    parser.add_argument("--only", action="append", choices=[*OUTPUTS, *LIBRARY], help="write this file only")
     parser.add_argument("files", nargs="+", metavar="FILE.toml")
     args = parser.parse_args()
     try:
         schema = Schema(args.files)
-        texts = {name: OUTPUTS[name](schema) for name in args.only or OUTPUTS}
+        texts = {name: {**OUTPUTS, **LIBRARY}[name](schema) for name in args.only or OUTPUTS}
     except (Bad, KeyError, tomllib.TOMLDecodeError) as e:
         sys.exit(f"gen.py: {e}")
     for name, text in texts.items():

@@ -22,10 +22,11 @@ FILES = []
 def generate(files, seed):
     """Output of a process of its own, with another order of hashing: name -> text."""
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, os.path.join(HERE, "gen.py"), "--out", out, *files],
-                       check=True, env={**os.environ, "PYTHONHASHSEED": str(seed)})
+        for only in [], [f"--only={name}" for name in gen.LIBRARY]:
+            subprocess.run([sys.executable, os.path.join(HERE, "gen.py"), "--out", out, *only, *files],
+                           check=True, env={**os.environ, "PYTHONHASHSEED": str(seed)})
         texts = {}
-        for name in gen.OUTPUTS:
+        for name in [*gen.OUTPUTS, *gen.LIBRARY]:
             with open(os.path.join(out, name), encoding="utf-8") as f:
                 texts[name] = f.read()
         return texts
@@ -45,6 +46,13 @@ class Real(unittest.TestCase):
             self.assertEqual(len(names), len(set(names)), what)
         tags = set(re.findall(r"^(?:struct|enum) (q_\w+) \{", text, re.M))
         self.assertFalse(tags & set(re.findall(r"^#define (q_\w+)", text, re.M)))
+
+    def test_every_action_is_in_the_library(self):
+        out = generate(FILES, 0)
+        for a in gen.Schema(FILES).actions:
+            self.assertIn(f"int tide_txn_{a.cname}(struct tide_txn *txn", out["actions.h"])
+            self.assertIn(f'"{a.name}"', out["library.c"])
+        self.assertNotRegex(out["actions.h"], r"\b[qQ]_")
 
     def test_output_has_no_path(self):
         for name, text in generate([os.path.abspath(f) for f in FILES], 0).items():

@@ -103,6 +103,7 @@ MAY_INCLUDE = {
     'tidemarkd': 'base co io schema event bitmap block job export store txn qmp',
     'lib': 'base schema',
     'cli': 'base schema lib',
+    'examples': '',
     'bench': '',
 }
 ALSO = {('bench', 'base/bytes.h'),  # the load generator measures from outside
@@ -163,6 +164,7 @@ def check_includes():
 def compile_header(path):
     source = f'#include "{os.path.relpath(os.path.join(ROOT, path), ROOT)}"\n'
     r = subprocess.run(['gcc', '-std=gnu17', '-D_GNU_SOURCE', '-fsyntax-only', '-I' + ROOT, '-I' + BUILD,
+                        '-I' + os.path.join(ROOT, 'lib'), '-I' + os.path.join(BUILD, 'lib'),
                         '-Wall', '-Wextra', '-Wno-unused-parameter', '-Wno-sign-compare', '-Wno-unused',
                         '-x', 'c', '-'],
                        input=source, capture_output=True, text=True, cwd=ROOT)
