@@ -122,6 +122,14 @@ void *cli_grow(void *p, size_t n, size_t size)
     return or_die(mem_realloc(p, n, size));
 }
 
+void *cli_reserve(void *p, size_t n, size_t *cap, size_t size)
+{
+    if (n <= *cap)
+        return p;
+    *cap = n < 16 ? 16 : n * 2;
+    return cli_grow(p, *cap, size);
+}
+
 char *cli_strdup(const char *s)
 {
     return or_die(mem_strdup(s));

@@ -88,6 +88,8 @@ char *cli_printf(const char *fmt, ...) __attribute__((format(printf, 1, 2), nonn
 char *cli_strdup(const char *s);
 void *cli_alloc(size_t n, size_t size); /* zeroed */
 void *cli_grow(void *p, size_t n, size_t size);
+/* The same for what grows piece by piece: room for `n`, of which *cap are there. */
+void *cli_reserve(void *p, size_t n, size_t *cap, size_t size);
 /* json_pack() that cannot fail quietly: a string that is no UTF-8 ends the run as wrong usage. */
 json_t *cli_pack(const char *fmt, ...);
 

@@ -23,7 +23,7 @@
 
 struct word {
     char *text; /* without quotes and escapes */
-    size_t len;
+    size_t len, cap;
     size_t slash, eq; /* the first that is not quoted, or NOWHERE */
     bool quoted;      /* some of it is */
     bool two_slashes;
@@ -37,7 +37,7 @@ struct line {
     unsigned number;
     const char *p, *end;
     struct word *words;
-    size_t n;
+    size_t n, cap;
     struct tide_error *err;
 };
 
@@ -82,7 +82,7 @@ static bool is_blank(char c)
 
 static void add_text(struct word *w, const char *text, size_t len)
 {
-    w->text = cli_grow(w->text, w->len + len + 1, 1);
+    w->text = cli_reserve(w->text, w->len + len + 1, &w->cap, 1);
     memcpy(w->text + w->len, text, len);
     w->len += len;
     w->text[w->len] = '\0';
@@ -158,7 +158,7 @@ static int take_plain(struct line *l, struct word *w)
 
 static int take_word(struct line *l)
 {
-    l->words = cli_grow(l->words, l->n + 1, sizeof *l->words);
+    l->words = cli_reserve(l->words, l->n + 1, &l->cap, sizeof *l->words);
     struct word *w = &l->words[l->n++];
     *w = (struct word){.slash = NOWHERE, .eq = NOWHERE, .raw = l->p};
     add_text(w, "", 0);
@@ -215,7 +215,7 @@ struct form {
     const char *kind;
     const struct schema_type *type;
     char *keyval; /* "a=b,c.d=e", a comma in a value doubled */
-    size_t used;
+    size_t used, cap;
     json_t *json;     /* members that are JSON already */
     json_t *data;     /* all of them */
     size_t n_sources; /* behind from */
@@ -232,7 +232,7 @@ static void put_keyval(struct form *f, const char *key, const char *value, size_
             text[n++] = ',';
     }
     size_t more = strlen(key) + n + 2;
-    f->keyval = cli_grow(f->keyval, f->used + more + 1, 1);
+    f->keyval = cli_reserve(f->keyval, f->used + more + 1, &f->cap, 1);
     f->used +=
         (size_t)snprintf(f->keyval + f->used, more + 1, "%s%s=%s", f->used ? "," : "", key, text);
     mem_free(text);
@@ -453,7 +453,7 @@ static int parse_words(const struct line *l, json_t **action)
     return r;
 }
 
-static int parse_line(struct line *l, struct txn_list *out)
+static int parse_line(struct line *l, size_t *cap, struct txn_list *out)
 {
     json_t *action = NULL;
     int r = take_words(l);
@@ -463,7 +463,7 @@ static int parse_line(struct line *l, struct txn_list *out)
     if (r < 0)
         return r;
     size_t n = json_array_size(out->actions);
-    out->lines = cli_grow(out->lines, n + 1, sizeof *out->lines);
+    out->lines = cli_reserve(out->lines, n + 1, cap, sizeof *out->lines);
     out->lines[n] = l->number;
     return json_array_append_new(out->actions, action) < 0
                ? tide_fail(l->err, -ENOMEM, "out of memory")
@@ -476,12 +476,13 @@ static int parse_text(const char *name, const char *text, size_t len, struct txn
     const char *p = text, *end = text + len;
     int r = 0;
     out->actions = cli_pack("[]");
-    out->lines = cli_alloc(1, sizeof *out->lines);
+    size_t cap = 1;
+    out->lines = cli_alloc(cap, sizeof *out->lines);
     for (unsigned number = 1; p < end && r == 0; number++) {
         const char *stop = memchr(p, '\n', (size_t)(end - p));
         stop = stop ? stop : end;
         struct line l = {.file = name, .number = number, .p = p, .end = stop, .err = err};
-        r = parse_line(&l, out);
+        r = parse_line(&l, &cap, out);
         free_words(&l);
         p = stop + 1;
     }
