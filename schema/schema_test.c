@@ -608,6 +608,31 @@ static void structs_become_json_again(void **state)
     }
 }
 
+static void words_get_the_types_of_the_schema(void **state)
+{
+    json_t *typed =
+        json_loads("{\"driver\": \"raw\", \"node-name\": \"7\", \"read-only\": \"on\", "
+                   "\"offset\": \"64K\", \"x\": \"1\", \"file\": {\"driver\": \"file\", "
+                   "\"filename\": \"1\", \"read-only\": \"perhaps\", "
+                   "\"auto-read-only\": \"off\"}}",
+                   0, NULL);
+    json_t *want = json_loads("{\"driver\": \"raw\", \"node-name\": \"7\", \"read-only\": true, "
+                              "\"offset\": 65536, \"x\": \"1\", \"file\": {\"driver\": \"file\", "
+                              "\"filename\": \"1\", \"read-only\": \"perhaps\", "
+                              "\"auto-read-only\": false}}",
+                              0, NULL);
+    json_t *got = schema_typed(&q_blockdev_options_type, typed);
+    if (!json_equal(got, want))
+        fail_msg("%s", json_dumps(got, 0));
+    assert_true(schema_is_bool(&q_blockdev_options_type, typed, "read-only"));
+    assert_false(schema_is_bool(&q_blockdev_options_type, typed, "offset"));
+    assert_null(schema_branch(&q_transaction_action_type, "no-such"));
+    assert_ptr_equal(schema_branch(&q_transaction_action_type, "abort"), &q_abort_type);
+    json_decref(typed);
+    json_decref(want);
+    json_decref(got);
+}
+
 static void structs_written_by_hand(void **state)
 {
     struct fixture *f = *state;
@@ -705,6 +730,7 @@ int main(void)
         T(keyval_refuses),
         T(keyval_values_get_types),
         T(structs_become_json_again),
+        T(words_get_the_types_of_the_schema),
         T(structs_written_by_hand),
         T(introspection_is_closed),
     };
