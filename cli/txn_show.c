@@ -50,9 +50,19 @@ static void write_word(FILE *out, const char *s, const char *also)
     putc('"', out);
 }
 
+/* Control characters that JSON leaves alone would steer a terminal; they are in strings only. */
 static void write_json(FILE *out, const json_t *v)
 {
-    json_dumpf(v, out, JSON_COMPACT | JSON_ENCODE_ANY);
+    char *json = json_dumps(v, JSON_COMPACT | JSON_ENCODE_ANY);
+    for (const unsigned char *p = (const unsigned char *)json; p && *p; p++) {
+        if (*p == 0x7f)
+            fputs("\\u007f", out);
+        else if (is_c1(p))
+            fprintf(out, "\\u%04x", *++p);
+        else
+            putc(*p, out);
+    }
+    free(json);
 }
 
 /* 65536 as 64K. */
@@ -254,8 +264,12 @@ char *txn_action_text(json_t *action)
         line = try_form(form, action);
     if (line)
         return line;
-    char *json = json_dumps(action, JSON_COMPACT | JSON_ENCODE_ANY | JSON_ENSURE_ASCII);
-    line = cli_strdup(json ? json : "(out of memory)");
-    free(json);
+    char *text = NULL;
+    size_t len;
+    FILE *out = open_memstream(&text, &len);
+    if (out)
+        write_json(out, action);
+    line = cli_strdup(out && fclose(out) == 0 ? text : "(out of memory)");
+    free(text);
     return line;
 }

@@ -257,10 +257,21 @@ TEST(the_shortest_form_is_written)
     }
 }
 
+static bool has_control(const char *s)
+{
+    for (; *s; s++) {
+        unsigned char c = (unsigned char)*s, next = (unsigned char)s[1];
+        if (c < 0x20 || c == 0x7f || (c == 0xc2 && next >= 0x80 && next <= 0x9f))
+            return true;
+    }
+    return false;
+}
+
 TEST(what_the_schema_does_not_take_is_shown_as_json)
 {
     static const char *const texts[] = {
         "{\"type\": \"new-kind\", \"data\": {\"a\": 1}}",
+        "{\"type\": \"\xc2\x9b\x7f\\n\"}",
         "{\"type\": 1}",
         "[]",
         "7",
@@ -270,21 +281,12 @@ TEST(what_the_schema_does_not_take_is_shown_as_json)
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         json_t *v = json_loads(texts[i], JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
         mem_autofree char *text = txn_action_text(v);
+        assert_false(has_control(text));
         json_t *again = json_loads(text, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
         assert_true(json_equal(v, again));
         json_decref(v);
         json_decref(again);
     }
-}
-
-static bool has_control(const char *s)
-{
-    for (; *s; s++) {
-        unsigned char c = (unsigned char)*s, next = (unsigned char)s[1];
-        if (c < 0x20 || c == 0x7f || (c == 0xc2 && next >= 0x80 && next <= 0x9f))
-            return true;
-    }
-    return false;
 }
 
 TEST(writing_and_reading_are_inverse)
