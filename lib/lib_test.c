@@ -61,7 +61,10 @@ static bool serve(struct player *p, int fd)
         if (write(fd, answer, strlen(answer)) < 0)
             return true;
     }
-    return *p->script != NULL;
+    if (*p->script)
+        return true;
+    poll(&(struct pollfd){.fd = fd, .events = POLLRDHUP}, 1, -1); /* the client ends it */
+    return false;
 }
 
 static void *play(void *arg)
