@@ -180,9 +180,7 @@ static void drop_bitmaps(struct export *e)
 {
     for (unsigned i = 0; i < e->nbd.n_bitmaps; i++)
         e->nbd.bitmaps[i]->n_busy--;
-    mem_free(e->nbd.bitmaps);
-    e->nbd.bitmaps = NULL;
-    e->nbd.n_bitmaps = 0;
+    nbd_bitmaps_free(&e->nbd);
 }
 
 /* Any stage of export_add() can hand it over. */
@@ -374,12 +372,10 @@ static int check_bitmap(const struct export *e, const struct dirty_bitmap *b, st
                          "bitmap '%s' of node '%s' is for %llu bytes, but node '%s' has %llu",
                          b->name, node_name(b->node), (unsigned long long)bitmap_size(b->bits),
                          node_name(n), (unsigned long long)node_size(n));
-    for (unsigned i = 0; i < e->nbd.n_bitmaps; i++) {
-        if (strcmp(e->nbd.bitmaps[i]->name, b->name) == 0)
-            return tide_fail(err, -EINVAL,
-                             "two bitmaps named '%s' are listed; clients could not tell them apart",
-                             b->name);
-    }
+    if (nbd_bitmap_find(&e->nbd, b->name, strlen(b->name)) >= 0)
+        return tide_fail(err, -EINVAL,
+                         "two bitmaps named '%s' are listed; clients could not tell them apart",
+                         b->name);
     return 0;
 }
 
@@ -418,7 +414,7 @@ static int add_bitmap(struct export *e, struct node *n,
                          "bitmap '%s' is enabled and would change while the read-only export '%s' "
                          "shows it; disable it first, or make the export writable",
                          b->name, e->id);
-    e->nbd.bitmaps[e->nbd.n_bitmaps++] = b;
+    nbd_bitmaps_add(&e->nbd, b);
     return 0;
 }
 
@@ -427,10 +423,7 @@ static int add_bitmaps(struct export *e, struct node *n, const struct q_block_ex
                        struct tide_error *err)
 {
     int r = 0;
-    if (o->u.nbd.n_bitmaps == 0)
-        return 0;
-    e->nbd.bitmaps = mem_calloc(o->u.nbd.n_bitmaps, sizeof *e->nbd.bitmaps);
-    if (!e->nbd.bitmaps)
+    if (nbd_bitmaps_reserve(&e->nbd, o->u.nbd.n_bitmaps) < 0)
         return tide_fail(err, -ENOMEM, "no memory for export '%s'", e->id);
     for (size_t i = 0; r == 0 && i < o->u.nbd.n_bitmaps; i++)
         r = add_bitmap(e, n, &o->u.nbd.bitmaps[i], err);

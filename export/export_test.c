@@ -103,8 +103,10 @@ static void errno_goes_over_the_wire(void **state)
 static void contexts_match_queries(void **state)
 {
     struct dirty_bitmap a = {.name = "b"}, b = {.name = "a:b c"};
-    struct dirty_bitmap *both[] = {&a, &b};
-    struct nbd_export e = {.n_bitmaps = 2, .bitmaps = both, .allocation_depth = true};
+    struct nbd_export e = {.allocation_depth = true};
+    assert_int_equal(nbd_bitmaps_reserve(&e, 2), 0);
+    nbd_bitmaps_add(&e, &a);
+    nbd_bitmaps_add(&e, &b);
     /* Chosen contexts as bits: when listing, when setting. */
     static const struct {
         const char *query;
@@ -129,8 +131,10 @@ static void contexts_match_queries(void **state)
         for (unsigned i = 0; i < 2 * sizeof t / sizeof *t; i++) {
             bool list = i % 2;
             uint8_t chosen[4] = {0};
-            unsigned want = list ? t[i / 2].list : t[i / 2].set;
-            nbd_context_match(&e, t[i / 2].query, strlen(t[i / 2].query), list, chosen);
+            unsigned want = list ? t[i / 2].list : t[i / 2].set, families = 0;
+            nbd_context_match(&e, t[i / 2].query, strlen(t[i / 2].query), list ? &families : NULL,
+                              chosen);
+            nbd_context_families(&e, families, chosen);
             for (unsigned id = 0; id < 4; id++)
                 assert_int_equal(chosen[id], want >> id & 1 && (id != 1 || depth));
         }
@@ -138,6 +142,7 @@ static void contexts_match_queries(void **state)
     uint8_t all[4] = {0};
     nbd_context_all(&e, all);
     assert_memory_equal(all, "\1\1\1\1", 4);
+    nbd_bitmaps_free(&e);
 }
 
 /* What a request is charged for before it runs. */

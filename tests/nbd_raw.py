@@ -103,6 +103,9 @@ class Raw:
     def option(self, opt, data=b''):
         """Send one; all its replies as (type, data)."""
         self.send(option(opt, data))
+        return self.replies(opt)
+
+    def replies(self, opt):
         out = []
         while True:
             magic, o, kind, length = struct.unpack('>QIII', self.take(20))

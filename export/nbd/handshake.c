@@ -294,6 +294,7 @@ static bool match_queries(const struct nbd_export *e, struct question *q, bool l
                           uint8_t *chosen)
 {
     uint32_t n;
+    unsigned families = 0;
     const char *query;
     size_t len;
     if (!take32(q, &n) || n > MAX_QUERIES + nbd_n_contexts(e))
@@ -303,8 +304,9 @@ static bool match_queries(const struct nbd_export *e, struct question *q, bool l
     for (uint32_t i = 0; i < n; i++) {
         if (!take_string(q, &query, &len))
             return false;
-        nbd_context_match(e, query, len, list, chosen);
+        nbd_context_match(e, query, len, list ? &families : NULL, chosen);
     }
+    nbd_context_families(e, families, chosen);
     return q->len == 0;
 }
 

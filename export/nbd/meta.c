@@ -49,38 +49,107 @@ void nbd_context_name(const struct nbd_export *e, unsigned id, const char **pref
     }
 }
 
-static bool is_family(const char *query, size_t len)
+#define FAMILY_BASE 1u
+#define FAMILY_QEMU 2u
+#define FAMILY_BITMAP 4u
+
+static bool is_text(const char *query, size_t len, const char *text)
 {
-    static const char *const families[] = {"base:", "qemu:", BITMAP};
-    for (unsigned i = 0; i < sizeof families / sizeof *families; i++) {
-        if (strlen(families[i]) == len && memcmp(families[i], query, len) == 0)
-            return true;
-    }
-    return false;
+    return strlen(text) == len && memcmp(text, query, len) == 0;
 }
 
-void nbd_context_match(const struct nbd_export *e, const char *query, size_t len, bool list,
-                       uint8_t *chosen)
+static unsigned family_of(const char *query, size_t len)
 {
-    bool family = list && is_family(query, len);
-    for (unsigned id = 0; id < nbd_n_contexts(e); id++) {
-        const char *prefix, *name;
-        if (!offered(e, id))
-            continue;
-        nbd_context_name(e, id, &prefix, &name);
-        size_t n_prefix = strlen(prefix), n_name = strlen(name);
-        if (family && len <= n_prefix && memcmp(prefix, query, len) == 0)
-            chosen[id] = 1;
-        else if (len == n_prefix + n_name && memcmp(query, prefix, n_prefix) == 0 &&
-                 memcmp(query + n_prefix, name, n_name) == 0)
-            chosen[id] = 1;
-    }
+    return (is_text(query, len, "base:") ? FAMILY_BASE : 0) |
+           (is_text(query, len, "qemu:") ? FAMILY_QEMU : 0) |
+           (is_text(query, len, BITMAP) ? FAMILY_BITMAP : 0);
+}
+
+void nbd_context_match(const struct nbd_export *e, const char *query, size_t len,
+                       unsigned *families, uint8_t *chosen)
+{
+    const size_t prefix = strlen(BITMAP);
+    if (families)
+        *families |= family_of(query, len);
+    if (is_text(query, len, ALLOCATION))
+        chosen[NBD_CONTEXT_ALLOCATION] = 1;
+    if (e->allocation_depth && is_text(query, len, DEPTH))
+        chosen[NBD_CONTEXT_DEPTH] = 1;
+    if (len < prefix || memcmp(query, BITMAP, prefix) != 0)
+        return;
+    int i = nbd_bitmap_find(e, query + prefix, len - prefix);
+    if (i >= 0)
+        chosen[NBD_CONTEXT_BITMAP + i] = 1;
+}
+
+void nbd_context_families(const struct nbd_export *e, unsigned families, uint8_t *chosen)
+{
+    if (families & FAMILY_BASE)
+        chosen[NBD_CONTEXT_ALLOCATION] = 1;
+    if (families & FAMILY_QEMU)
+        chosen[NBD_CONTEXT_DEPTH] = e->allocation_depth;
+    if (families & (FAMILY_QEMU | FAMILY_BITMAP))
+        memset(chosen + NBD_CONTEXT_BITMAP, 1, e->n_bitmaps);
 }
 
 void nbd_context_all(const struct nbd_export *e, uint8_t *chosen)
 {
     for (unsigned id = 0; id < nbd_n_contexts(e); id++)
         chosen[id] = offered(e, id);
+}
+
+/* ------------------------------------------------------------------ bitmaps by name */
+
+/* Exported bitmaps are busy, so their names stay. */
+static unsigned first_bucket(const struct nbd_export *e, const char *name, size_t len)
+{
+    uint32_t h = 2166136261u; /* FNV-1a */
+    for (size_t i = 0; i < len; i++)
+        h = (h ^ (unsigned char)name[i]) * 16777619u;
+    return (h ^ h >> 16) & (e->n_buckets - 1);
+}
+
+int nbd_bitmaps_reserve(struct nbd_export *e, unsigned n)
+{
+    unsigned buckets = 1;
+    if (n == 0)
+        return 0;
+    while (buckets < 2 * n)
+        buckets *= 2;
+    e->bitmaps = mem_calloc(n, sizeof *e->bitmaps);
+    e->by_name = mem_calloc(buckets, sizeof *e->by_name);
+    e->n_buckets = buckets;
+    return e->bitmaps && e->by_name ? 0 : -ENOMEM;
+}
+
+void nbd_bitmaps_add(struct nbd_export *e, struct dirty_bitmap *b)
+{
+    unsigned at = first_bucket(e, b->name, strlen(b->name));
+    while (e->by_name[at])
+        at = (at + 1) & (e->n_buckets - 1);
+    e->bitmaps[e->n_bitmaps++] = b;
+    e->by_name[at] = e->n_bitmaps;
+}
+
+void nbd_bitmaps_free(struct nbd_export *e)
+{
+    mem_free(e->bitmaps);
+    mem_free(e->by_name);
+    e->bitmaps = NULL;
+    e->by_name = NULL;
+    e->n_bitmaps = 0;
+}
+
+int nbd_bitmap_find(const struct nbd_export *e, const char *name, size_t len)
+{
+    if (e->n_bitmaps == 0)
+        return -1;
+    unsigned at = first_bucket(e, name, len), i;
+    for (; (i = e->by_name[at]); at = (at + 1) & (e->n_buckets - 1)) {
+        if (is_text(name, len, e->bitmaps[i - 1]->name))
+            return (int)i - 1;
+    }
+    return -1;
 }
 
 /* ------------------------------------------------------------------ extents */

@@ -40,6 +40,7 @@ struct nbd_export {
     bool writable, writethrough, allocation_depth;
     unsigned n_bitmaps;
     struct dirty_bitmap **bitmaps;
+    unsigned *by_name, n_buckets; /* index + 1, by a hash of the name; 0: free */
     /* A shut export has lost its last connection. Control loop, in a coroutine; may free `e`. */
     void (*gone)(struct nbd_export *e);
     /* ---- control loop only ---- */
@@ -215,14 +216,23 @@ static inline unsigned nbd_n_contexts(const struct nbd_export *e)
 {
     return NBD_CONTEXT_BITMAP + e->n_bitmaps;
 }
-/* Mark in `chosen` (nbd_n_contexts bytes) what the query names; a family ("qemu:") only if `list`.
- */
-void nbd_context_match(const struct nbd_export *e, const char *query, size_t len, bool list,
-                       uint8_t *chosen);
+/* Mark in `chosen` (nbd_n_contexts bytes) the context that the query names. If it may name a family
+ * ("qemu:") instead, it is added to *families, for nbd_context_families() to mark in the end, once
+ * for all queries. Takes the same time however many contexts there are. */
+void nbd_context_match(const struct nbd_export *e, const char *query, size_t len,
+                       unsigned *families, uint8_t *chosen);
+void nbd_context_families(const struct nbd_export *e, unsigned families, uint8_t *chosen);
 void nbd_context_all(const struct nbd_export *e, uint8_t *chosen);
 /* Its name in two parts (the second may be ""). */
 void nbd_context_name(const struct nbd_export *e, unsigned id, const char **prefix,
                       const char **name);
+
+/* Room for the bitmaps of an export that is being made: -ENOMEM. No two of one name. */
+int nbd_bitmaps_reserve(struct nbd_export *e, unsigned n);
+void nbd_bitmaps_add(struct nbd_export *e, struct dirty_bitmap *b);
+void nbd_bitmaps_free(struct nbd_export *e);
+/* Its index; -1: there is none of that name (which is not terminated). */
+int nbd_bitmap_find(const struct nbd_export *e, const char *name, size_t len);
 
 /* The longest body of a reply to BLOCK_STATUS. */
 uint64_t nbd_block_status_max(const struct nbd_conn *c, const struct nbd_request *rq);

@@ -166,7 +166,6 @@ static void fuzz_main(void *arg)
                            .serial = 1,
                            .writable = true,
                            .allocation_depth = true,
-                           .n_bitmaps = 1,
                            .gone = gone};
     struct dirty_bitmap *b;
     struct nbd_server *srv;
@@ -175,7 +174,8 @@ static void fuzz_main(void *arg)
     MUST(graph_new(in->io, &g) == 0);
     struct node *n = open_node(g, in->data[0] / 6 % 2);
     b = open_bitmap(g, n);
-    e.bitmaps = &b;
+    MUST(nbd_bitmaps_reserve(&e, 1) == 0);
+    nbd_bitmaps_add(&e, b);
     MUST(root_new(n, ROOT_READ | ROOT_WRITE, "export 'n'", &e.root, &err) == 0);
     MUST(nbd_server_open(in->io, &addr, 0, &srv, &err) == 0);
     nbd_export_attach(srv, &e);
@@ -184,6 +184,7 @@ static void fuzz_main(void *arg)
     nbd_server_shut(srv);
     nbd_server_close(srv);
     root_free(e.root);
+    nbd_bitmaps_free(&e);
     graph_close_all(g);
     graph_free(g);
     io_stop(in->io);

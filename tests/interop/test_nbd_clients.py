@@ -6,13 +6,14 @@ import os
 import random
 import socket
 import struct
+import time
 
 import nbd
 import pytest
 
 from backup_tools import assert_same, content, fill, refused, until
 from harness import Daemon, KiB, MiB, qemu_io, run, which
-from nbd_raw import WRITE, Raw, request
+from nbd_raw import META, OPT_LIST_META, OPT_SET_META, OPT_STRUCTURED, WRITE, Raw, meta, option, request
 
 SIZE = 8 * MiB
 HOLE, ZERO, DIRTY = 1, 2, 1
@@ -489,6 +490,27 @@ def test_list_info_abort(disk):
     assert c.option(5)[-1][0] >> 31  # no TLS here
     assert c.option(2) == [(1, b'')]  # abort
     assert c.at_end()
+
+
+def test_thousands_of_bitmaps_are_chosen_in_no_time(disk):
+    n = 4000
+    wanted = [f'backup-of-the-day-{i:05}' for i in range(n)]
+    disk.cmd('transaction', actions=[{'type': 'block-dirty-bitmap-add', 'data': {
+        'node': 'disk', 'name': b, 'disabled': True}} for b in wanted])
+    disk.export('disk', writable=False, bitmaps=wanted)
+    c = Raw(disk.nbd_path)
+    c.option(OPT_STRUCTURED)
+    queries = ['qemu:dirty-bitmap:' + b for b in wanted]
+    times = []
+    for _ in range(3):
+        c.send(option(OPT_SET_META, meta('disk', queries)))
+        before = time.monotonic()
+        c.s.recv(1, socket.MSG_PEEK)  # the answer begins when all of it is known
+        times.append(time.monotonic() - before)
+        assert [data[4:].decode() for kind, data in c.replies(OPT_SET_META) if kind == META] == queries
+    assert min(times) < 0.05, f'SET_META_CONTEXT with {n} queries took {min(times) * 1000:.1f} ms'
+    listed = c.option(OPT_LIST_META, meta('disk', ['qemu:dirty-bitmap:', 'base:']))
+    assert len([1 for kind, _ in listed if kind == META]) == n + 1
 
 
 # ---------------------------------------------------------------- life of exports and server
