@@ -57,7 +57,7 @@ def folder(path):
 
 
 def is_test(path):
-    return path.endswith('_test.c') or folder(path) == 'tests'
+    return path.endswith(('_test.c', '_test.h')) or folder(path) == 'tests'
 
 
 def is_python(path):
