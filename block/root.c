@@ -42,6 +42,7 @@ struct root {
     struct spin lock; /* guards the parked */
     struct co_queue parked;
     bool quiesced; /* closed and seen empty since */
+    bool aside;    /* a claim: permissions, but no user of its nodes */
     struct hurry *hurry;
     bool drained; /* quiesce_begin() waits for it: nodes below make nobody wait */
     TAILQ_ENTRY(root) link;
@@ -199,7 +200,7 @@ static long root_inside(struct root *r)
 
 /* ------------------------------------------------------------------ roots */
 
-struct node *root_node(struct root *r)
+struct node *root_node(const struct root *r)
 {
     return r->node[0];
 }
@@ -216,7 +217,7 @@ unsigned root_perm(const struct root *r, const struct node *n)
 
 bool root_uses(const struct root *r, const struct node *n)
 {
-    for (unsigned i = 0; i < r->n_nodes; i++) {
+    for (unsigned i = 0; i < r->n_nodes && !r->aside; i++) {
         if (r->node[i] == n)
             return true;
     }
@@ -294,7 +295,7 @@ static const struct root *rival(const struct node *n, unsigned perm, const char 
 {
     struct root *r;
     TAILQ_FOREACH (r, &n->graph->roots, link) {
-        for (unsigned i = 0; i < r->n_nodes && strcmp(r->what, what); i++) {
+        for (unsigned i = 0; i < r->n_nodes && !r->aside && strcmp(r->what, what); i++) {
             unsigned other = r->perm[i];
             bool against = (perm & ROOT_ALONE && other & ROOT_WRITE) ||
                            (perm & ROOT_WRITE && other & ROOT_ALONE);
@@ -309,7 +310,7 @@ const char *node_written_alone_by(const struct node *n)
 {
     struct root *r;
     TAILQ_FOREACH (r, &n->graph->roots, link) {
-        for (unsigned i = 0; i < r->n_nodes; i++) {
+        for (unsigned i = 0; i < r->n_nodes && !r->aside; i++) {
             if (r->perm[i] & ROOT_ALONE && share_a_node(r->node[i], n))
                 return r->what;
         }
@@ -317,7 +318,7 @@ const char *node_written_alone_by(const struct node *n)
     return NULL;
 }
 
-static int check_perm(struct node *n, unsigned perm, const char *what, struct tide_error *err)
+int root_check(struct node *n, unsigned perm, const char *what, struct tide_error *err)
 {
     if (!(perm & ROOT_WRITE))
         return 0;
@@ -362,7 +363,7 @@ int node_check_watch(const struct node *n, struct tide_error *err)
 {
     struct root *r;
     TAILQ_FOREACH (r, &n->graph->roots, link) {
-        for (unsigned i = 0; i < r->n_nodes; i++) {
+        for (unsigned i = 0; i < r->n_nodes && !r->aside; i++) {
             if ((r->perm[i] & ROOT_WRITE) && !node_reaches(r->node[i], n) &&
                 share_a_node(r->node[i], n))
                 return tide_fail(err, -EPERM,
@@ -373,28 +374,31 @@ int node_check_watch(const struct node *n, struct tide_error *err)
     return 0;
 }
 
-int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err)
+/* The node becomes the root's if its permissions can be had. */
+static co_fn int take_node(struct root *r, struct node *n, unsigned perm, struct tide_error *err)
 {
-    assert(r->n_nodes < ROOT_MAX_NODES && !r->drained);
-    int res = check_perm(n, perm, r->what, err);
-    if (res < 0)
-        return res;
     r->node[r->n_nodes] = n;
     r->perm[r->n_nodes++] = perm;
-    n->n_roots++;
-    res = node_refresh_perm(n, err);
+    n->n_roots += !r->aside;
+    int res = node_refresh_perm(n, err);
     if (res < 0) {
         tide_error_prefix(err, "%s: ", r->what);
         r->n_nodes--;
-        n->n_roots--;
+        n->n_roots -= !r->aside;
     }
     return res;
 }
 
-int root_new(struct node *n, unsigned perm, const char *what, struct root **out,
-             struct tide_error *err)
+int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err)
 {
-    struct graph *g = n->graph;
+    assert(r->n_nodes < ROOT_MAX_NODES && !r->drained && !r->aside);
+    int res = root_check(n, perm, r->what, err);
+    return res < 0 ? res : take_node(r, n, perm, err);
+}
+
+/* Without a node yet. */
+static int root_alloc(struct graph *g, const char *what, struct root **out, struct tide_error *err)
+{
     size_t size = sizeof(struct root) + io_n_loops(g->io) * sizeof(struct gate_count);
     struct root *root = mem_aligned(64, round_up(size, 64));
     char *copy = mem_strdup(what);
@@ -406,12 +410,71 @@ int root_new(struct node *n, unsigned perm, const char *what, struct root **out,
     memset(root, 0, size);
     *root = (struct root){.graph = g, .what = copy, .lock = SPIN_INIT};
     TAILQ_INSERT_TAIL(&g->roots, root, link);
-    int r = root_add(root, n, perm, err);
+    *out = root;
+    return 0;
+}
+
+int root_new(struct node *n, unsigned perm, const char *what, struct root **out,
+             struct tide_error *err)
+{
+    struct root *root = NULL;
+    int r = root_alloc(n->graph, what, &root, err);
+    if (r < 0)
+        return r;
+    r = root_add(root, n, perm, err);
     if (r < 0)
         root_free(root);
     else
         *out = root;
     return r;
+}
+
+/* ------------------------------------------------------------------ claims */
+
+int root_claim(struct node *n, unsigned perm, const char *what, struct root **out,
+               struct tide_error *err)
+{
+    struct root *root = NULL;
+    int r = root_alloc(n->graph, what, &root, err);
+    if (r < 0)
+        return r;
+    root->aside = true;
+    atomic_store(&root->closed, CLOSED_SHUT);
+    r = take_node(root, n, perm, err);
+    if (r < 0)
+        root_free(root);
+    else
+        *out = root;
+    return r;
+}
+
+void root_step_in(struct root *r)
+{
+    assert(r->aside);
+    r->aside = false;
+    for (unsigned i = 0; i < r->n_nodes; i++)
+        r->node[i]->n_roots++;
+}
+
+void root_step_aside(struct root *r)
+{
+    assert(!r->aside && root_inside(r) == 0);
+    r->aside = true;
+    for (unsigned i = 0; i < r->n_nodes; i++)
+        r->node[i]->n_roots--;
+}
+
+void root_swap_node(struct root *r, struct root *claim)
+{
+    struct node *n = r->node[0];
+    unsigned closed = atomic_load(&r->closed);
+    assert(!r->aside && claim->aside && r->n_nodes == 1 && claim->n_nodes == 1);
+    assert(r->perm[0] == claim->perm[0] && !r->drained);
+    assert(root_inside(r) == 0 && ((closed & CLOSED_SHUT) || r->quiesced));
+    r->node[0] = claim->node[0];
+    claim->node[0] = n;
+    n->n_roots--;
+    r->node[0]->n_roots++;
 }
 
 /* A root may end while it is held (a job at its end, an unwound action). */
@@ -443,7 +506,7 @@ void root_free(struct root *r)
         quiesce_forget_root(r->graph->quiesce, r);
     root_drain(r, &r->drained, false);
     for (unsigned i = 0; i < r->n_nodes; i++)
-        r->node[i]->n_roots--;
+        r->node[i]->n_roots -= !r->aside;
     TAILQ_REMOVE(&r->graph->roots, r, link);
     mem_free(r->what);
     mem_free(r);

@@ -35,10 +35,27 @@ co_fn int root_new(struct node *n, unsigned perm, const char *what, struct root 
 co_fn void root_free(struct root *r);
 /* A root over two nodes with one gate: a job's unit is admitted once for source and target. */
 co_fn int root_add(struct root *r, struct node *n, unsigned perm, struct tide_error *err);
-struct node *root_node(struct root *r); /* admitted, or control loop */
+struct node *root_node(const struct root *r); /* admitted, or control loop */
+/* What it takes of the node; a claim does too, but uses none. */
 unsigned root_perm(const struct root *r, const struct node *n);
 bool root_uses(const struct root *r, const struct node *n);
 const char *root_what(const struct root *r);
+
+/* A *claim*: the permissions (with their file locks) that a root of `what` would take of the node,
+ * and nothing else. It is in nobody's way: the node counts as unused, for others too. So a list can
+ * take before its first effect what it will use, and keep until its end what an undo would need.
+ * Its gate is shut. -EAGAIN etc. with a text; root_free() gives it back. */
+co_fn int root_claim(struct node *n, unsigned perm, const char *what, struct root **out,
+                     struct tide_error *err);
+/* May a root of `what` use the node like this? -EACCES, -EBUSY, -EPERM with a text. */
+int root_check(struct node *n, unsigned perm, const char *what, struct tide_error *err);
+/* A claim becomes a root of its node (root_check() comes first; open its gate with root_open), a
+ * root into which nobody is admitted becomes a claim. No memory, no yield. */
+void root_step_in(struct root *r);
+void root_step_aside(struct root *r);
+/* The root goes on over the claim's node, the claim keeps the root's; once more: it is undone. The
+ * permissions are the same, and the root is quiesced or shut. No memory, no yield. */
+void root_swap_node(struct root *r, struct root *claim);
 /* Who writes there and wants to be alone (a job, to its target), or NULL. */
 const char *node_written_alone_by(const struct node *n);
 struct root *root_next(struct root *r); /* of the graph; NULL at the end */
