@@ -2,10 +2,14 @@
 /* The table of exports, newest first, and what hangs on it: names, bitmaps, iothreads, the NBD
  * server.
  *
- * An export that was asked to end stays in the table ("shutting-down") until its last connection
- * has gone; then its bitmaps are free again, its root is given back, and the event tells. All of
- * this is on the control loop, so between two yields nobody else changes the table; what was looked
- * up before a yield is looked up again after it. */
+ * An export that was deleted while clients are connected stays in the table ("shutting-down") until
+ * its last connection has gone; then its bitmaps are free again, its root is given back, and the
+ * event tells. Its id and its name are free before that: an id means the export that is not
+ * shutting down, if there is one. All of this is on the control loop, so between two yields nobody
+ * else changes the table; what was looked up before a yield is looked up again after it.
+ *
+ * One that a list has deleted and may still bring back is *hidden*: it keeps its places in the
+ * tables, for others may come and go beside it, but nobody finds it. */
 #include "export/export.h"
 
 #include <assert.h>
@@ -34,9 +38,12 @@ struct export
     struct nbd_export nbd; /* first: gone() casts */
     struct exports *x;
     char *id, *name, *description;
-    char *node_name; /* a copy: the root may be half gone when somebody asks */
     struct iothread *iothread;
-    bool listed, dying;
+    bool listed;
+    bool hidden; /* deleted by a list that is not over yet */
+    bool dying;  /* deleted */
+    bool busy;   /* its bitmaps are, on its account */
+    bool aside;  /* hidden, and its node is not in use by it */
     TAILQ_ENTRY(export) link;
 };
 
@@ -117,14 +124,29 @@ static bool id_is_valid(const char *id)
     return true;
 }
 
-static struct export *find(struct exports *x, const char *id)
+static struct export *find_any(struct exports *x, const char *id, bool dying)
 {
     struct export *e;
     TAILQ_FOREACH (e, &x->list, link) {
-        if (strcmp(e->id, id) == 0)
+        if (!e->hidden && e->dying == dying && strcmp(e->id, id) == 0)
             return e;
     }
     return NULL;
+}
+
+static struct export *find(struct exports *x, const char *id)
+{
+    return find_any(x, id, false);
+}
+
+static int find_err(struct exports *x, const char *id, struct export **out, struct tide_error *err)
+{
+    *out = find(x, id);
+    if (*out)
+        return 0;
+    if (find_any(x, id, true))
+        return tide_fail(err, -EBUSY, "export '%s' is shutting down already", id);
+    return tide_fail(err, -ENOENT, "export '%s' not found", shown_name(id).text);
 }
 
 static struct iothread *find_iothread(struct exports *x, const char *id)
@@ -176,51 +198,102 @@ int iothread_del(struct exports *x, const char *id, struct tide_error *err)
 
 /* ------------------------------------------------------------------ the end of an export */
 
-static void drop_bitmaps(struct export *e)
+static void set_busy(struct export *e, bool busy)
 {
+    if (e->busy == busy)
+        return;
+    e->busy = busy;
     for (unsigned i = 0; i < e->nbd.n_bitmaps; i++)
-        e->nbd.bitmaps[i]->n_busy--;
-    nbd_bitmaps_free(&e->nbd);
+        e->nbd.bitmaps[i]->n_busy += busy ? 1 : -1;
 }
 
-/* Any stage of export_add() can hand it over. */
-static void export_free(struct export *e)
+static void unlist(struct export *e)
+{
+    if (!e->listed)
+        return;
+    e->listed = false;
+    TAILQ_REMOVE(&e->x->list, e, link);
+    tell_changed(e->x);
+}
+
+/* Any stage of export_make() can hand it over. */
+void export_free(struct export *e)
 {
     if (!e)
         return;
-    drop_bitmaps(e);
+    set_busy(e, false);
+    nbd_bitmaps_free(&e->nbd);
     root_free(e->nbd.root);
     if (e->iothread)
         e->iothread->n_used--;
-    if (e->listed) {
-        TAILQ_REMOVE(&e->x->list, e, link);
-        tell_changed(e->x);
-    }
+    unlist(e);
     mem_free(e->id);
     mem_free(e->name);
     mem_free(e->description);
-    mem_free(e->node_name);
     mem_free(e);
 }
 
-/* It has no connection any more. */
-static void export_gone(struct nbd_export *nbd)
+void export_retire(struct export *e)
 {
-    struct export *e = (struct export *)nbd;
     struct exports *x = e->x;
     json_t *data = json_pack("{s:s}", "id", e->id);
     export_free(e);
     event_emit(x->bus, "BLOCK_EXPORT_DELETED", data);
 }
 
-/* Marks it; true when the caller has to call export_gone(). */
-static bool export_shut(struct export *e)
+/* It has no connection any more. A list that is under way sees no bitmap become free. */
+static void export_gone(struct nbd_export *nbd)
 {
-    assert(!e->dying);
+    struct export *e = (struct export *)nbd;
+    struct graph *g = e->x->graph;
+    graph_query_begin(g);
+    set_busy(e, false);
+    graph_query_end(g);
+    export_retire(e);
+}
+
+void export_hide(struct export *e)
+{
+    assert(!e->hidden && !e->dying);
+    e->hidden = e->nbd.hidden = true;
+    if (e->nbd.n_conns > 0)
+        return;
+    e->aside = true;
+    set_busy(e, false);
+    root_step_aside(e->nbd.root);
+}
+
+void export_unhide(struct export *e)
+{
+    assert(e->hidden && !e->dying);
+    e->hidden = e->nbd.hidden = false;
+    if (!e->aside)
+        return;
+    e->aside = false;
+    set_busy(e, true);
+    root_step_in(e->nbd.root);
+}
+
+bool export_end(struct export *e)
+{
+    assert(e->hidden && !e->dying);
+    e->hidden = false;
     e->dying = true;
     bool unused = nbd_export_shut(e->x->nbd, &e->nbd);
-    root_hurry(e->nbd.root); /* what its clients left in a throttle's queue does not hold it up */
+    if (unused) {
+        set_busy(e, false);
+        unlist(e);
+    } else { /* what its clients left in a throttle's queue does not hold it up */
+        root_hurry(e->nbd.root);
+    }
     return unused;
+}
+
+static co_fn void end_now(struct export *e)
+{
+    export_hide(e);
+    if (export_end(e))
+        export_retire(e);
 }
 
 static void end_all(struct exports *x)
@@ -230,35 +303,38 @@ again:
     TAILQ_FOREACH (e, &x->list, link) {
         if (e->dying)
             continue;
-        if (export_shut(e))
-            export_gone(&e->nbd); /* yields: the list may be another one now */
+        end_now(e); /* yields: the list may be another one now */
         goto again;
     }
     while (!TAILQ_EMPTY(&x->list))
         wait_changed(x);
 }
 
-static int del(struct export *e, bool hard, struct tide_error *err)
+static int check_del(const struct export *e, bool hard, struct tide_error *err)
 {
-    if (e->dying)
-        return tide_fail(err, -EBUSY, "export '%s' is shutting down already", e->id);
     if (!hard && e->nbd.n_conns > 0)
         return tide_fail(
             err, -EBUSY,
             "export '%s' is in use by %u connection%s; let the clients leave, or say mode "
             "'hard' to cut them off",
             e->id, e->nbd.n_conns, e->nbd.n_conns == 1 ? "" : "s");
-    if (export_shut(e))
-        export_gone(&e->nbd);
     return 0;
+}
+
+int export_find_del(struct exports *x, const char *id, bool hard, struct export **out,
+                    struct tide_error *err)
+{
+    int r = find_err(x, id, out, err);
+    return r < 0 ? r : check_del(*out, hard, err);
 }
 
 int export_del(struct exports *x, const char *id, bool hard, struct tide_error *err)
 {
-    struct export *e = find(x, id);
-    if (!e)
-        return tide_fail(err, -ENOENT, "export '%s' not found", id);
-    return del(e, hard, err);
+    struct export *e;
+    int r = export_find_del(x, id, hard, &e, err);
+    if (r == 0)
+        end_now(e);
+    return r;
 }
 
 int export_del_by_name(struct exports *x, const char *name, bool hard, struct tide_error *err)
@@ -266,7 +342,10 @@ int export_del_by_name(struct exports *x, const char *name, bool hard, struct ti
     struct nbd_export *e = x->nbd ? nbd_export_find(x->nbd, name, strlen(name)) : NULL;
     if (!e)
         return tide_fail(err, -ENOENT, "the NBD server has no export named '%s'", name);
-    return del((struct export *)e, hard, err);
+    int r = check_del((struct export *)e, hard, err);
+    if (r == 0)
+        end_now((struct export *)e);
+    return r;
 }
 
 /* ------------------------------------------------------------------ the NBD server */
@@ -283,7 +362,7 @@ int nbd_server_start(struct exports *x, struct io_addr *addr, unsigned max_conne
     if (x->nbd)
         return tide_fail(err, -EEXIST, "the NBD server is running already%s",
                          x->nbd->stopping ? ", about to stop" : "; stop it first");
-    int r = nbd_server_open(x->io, addr, max_connections, &srv, err);
+    int r = nbd_server_open(x->graph, addr, max_connections, &srv, err);
     if (r < 0)
         return r;
     if (x->nbd) { /* somebody else was quicker while we set up the listener */
@@ -418,7 +497,7 @@ static int add_bitmap(struct export *e, struct node *n,
     return 0;
 }
 
-/* All or none become busy. */
+/* None is busy yet. */
 static int add_bitmaps(struct export *e, struct node *n, const struct q_block_export_options *o,
                        struct tide_error *err)
 {
@@ -427,13 +506,7 @@ static int add_bitmaps(struct export *e, struct node *n, const struct q_block_ex
         return tide_fail(err, -ENOMEM, "no memory for export '%s'", e->id);
     for (size_t i = 0; r == 0 && i < o->u.nbd.n_bitmaps; i++)
         r = add_bitmap(e, n, &o->u.nbd.bitmaps[i], err);
-    if (r < 0) {
-        e->nbd.n_bitmaps = 0; /* none is busy yet */
-        return r;
-    }
-    for (unsigned i = 0; i < e->nbd.n_bitmaps; i++)
-        e->nbd.bitmaps[i]->n_busy++;
-    return 0;
+    return r;
 }
 
 static int use_iothread(struct export *e, const char *id, struct tide_error *err)
@@ -459,10 +532,9 @@ static struct export *export_alloc(struct exports *x, const struct q_block_expor
     e->x = x;
     e->id = mem_strdup(o->id);
     e->name = mem_strdup(name);
-    e->node_name = mem_strdup(o->node_name);
     if (o->u.nbd.description)
         e->description = mem_strdup(o->u.nbd.description);
-    if (!e->id || !e->name || !e->node_name || (o->u.nbd.description && !e->description)) {
+    if (!e->id || !e->name || (o->u.nbd.description && !e->description)) {
         export_free(e);
         return NULL;
     }
@@ -476,23 +548,133 @@ static struct export *export_alloc(struct exports *x, const struct q_block_expor
     return e;
 }
 
-static int enter_graph(struct export *e, struct node *n, struct tide_error *err)
+/* ------------------------------------------------------------------ the node of an export */
+
+static unsigned perm_of(bool writable)
 {
-    mem_autofree char *what = mem_printf("export '%s'", e->id);
-    if (!what)
-        return tide_fail(err, -ENOMEM, "no memory for export '%s'", e->id);
-    if (e->nbd.writable && node_read_only(n))
+    return ROOT_READ | (writable ? ROOT_WRITE : 0);
+}
+
+static int check_node(const char *id, bool writable, const char *what, struct node *n,
+                      struct tide_error *err)
+{
+    if (writable && node_read_only(n))
         return tide_fail(err, -EPERM,
                          "export '%s' cannot be writable: node '%s' is read-only; leave 'writable' "
                          "out, or open the node for writing",
-                         e->id, node_name(n));
-    return root_new(n, ROOT_READ | (e->nbd.writable ? ROOT_WRITE : 0), what, &e->nbd.root, err);
+                         id, node_name(n));
+    return root_check(n, perm_of(writable), what, err);
 }
 
-int export_add(struct exports *x, const struct q_block_export_options *o, struct tide_error *err)
+/* A claim to the node for this export: the one that the caller has, if it is that, else a new one.
+ * The caller's is used up. */
+static co_fn int get_claim(struct node *n, unsigned perm, const char *what, struct root *have,
+                           struct root **out, struct tide_error *err)
 {
-    const char *name = o->u.nbd.name ? o->u.nbd.name : o->node_name;
+    if (have && root_node(have) == n && root_perm(have, n) == perm) {
+        *out = have;
+        return 0;
+    }
+    root_free(have);
+    *out = NULL;
+    return root_claim(n, perm, what, out, err);
+}
+
+int export_claim(struct exports *x, const char *id, bool writable, const char *node,
+                 struct root **out)
+{
+    struct tide_error ignored;
+    struct node *n = graph_find(x->graph, node);
+    mem_autofree char *what = mem_printf("export '%s'", id);
+    if (!what)
+        return -ENOMEM;
+    if (!n || check_node(id, writable, what, n, &ignored) < 0)
+        return -ENOENT;
+    return root_claim(n, perm_of(writable), what, out, &ignored);
+}
+
+bool export_is_writable(struct exports *x, const char *id)
+{
+    const struct export *e = find(x, id);
+    return e && e->nbd.writable;
+}
+
+static int check_swap(const struct export *e, struct node *n, struct tide_error *err)
+{
+    const struct node *old = export_shows(e);
+    if (node_size(n) != node_size(old))
+        return tide_fail(
+            err, -EINVAL,
+            "export '%s' cannot change to node '%s' of %llu bytes: node '%s', which it "
+            "shows, has %llu",
+            e->id, node_name(n), (unsigned long long)node_size(n), node_name(old),
+            (unsigned long long)node_size(old));
+    return check_node(e->id, e->nbd.writable, root_what(e->nbd.root), n, err);
+}
+
+int export_set_node(struct exports *x, const char *id, const char *node, struct root **claim,
+                    struct export **out, struct tide_error *err)
+{
+    struct export *e;
     struct node *n;
+    struct root *have = *claim, *got;
+    *claim = NULL;
+    int r = find_err(x, id, &e, err);
+    if (r == 0)
+        r = graph_find_err(x->graph, node, &n, err);
+    if (r == 0)
+        r = check_swap(e, n, err);
+    if (r < 0) {
+        root_free(have);
+        return r;
+    }
+    r = get_claim(n, perm_of(e->nbd.writable), root_what(e->nbd.root), have, &got, err);
+    if (r < 0)
+        return r;
+    root_swap_node(e->nbd.root, got);
+    *claim = got;
+    *out = e;
+    return 0;
+}
+
+void export_swap_node(struct export *e, struct root *claim)
+{
+    root_swap_node(e->nbd.root, claim);
+}
+
+/* ------------------------------------------------------------------ a new export */
+
+/* From now on the root, whose gate is shut, uses the node. */
+static co_fn int enter_graph(struct export *e, struct node *n, struct root **claim,
+                             struct tide_error *err)
+{
+    struct root *have = *claim;
+    mem_autofree char *what = mem_printf("export '%s'", e->id);
+    if (!what)
+        return tide_fail(err, -ENOMEM, "no memory for export '%s'", e->id);
+    int r = check_node(e->id, e->nbd.writable, what, n, err);
+    if (r < 0)
+        return r;
+    *claim = NULL;
+    return get_claim(n, perm_of(e->nbd.writable), what, have, &e->nbd.root, err);
+}
+
+static co_fn int fill(struct export *e, const struct q_block_export_options *o, struct node *n,
+                      struct root **claim, struct tide_error *err)
+{
+    int r = use_iothread(e, o->iothread, err);
+    if (r == 0)
+        r = enter_graph(e, n, claim, err); /* yields */
+    if (r == 0)
+        r = check_free(e->x, o, e->name, err);
+    if (r == 0)
+        r = add_bitmaps(e, n, o, err);
+    return r;
+}
+
+static int check_add(struct exports *x, const struct q_block_export_options *o, const char *name,
+                     struct node **n, struct tide_error *err)
+{
     int r = check_type(o, err);
     if (r == 0)
         r = check_text("export name", name, err);
@@ -501,35 +683,80 @@ int export_add(struct exports *x, const struct q_block_export_options *o, struct
     if (r == 0)
         r = check_free(x, o, name, err);
     if (r == 0)
-        r = graph_find_err(x->graph, o->node_name, &n, err);
-    if (r < 0)
-        return r;
-    struct export *e = export_alloc(x, o, name);
-    if (!e)
-        return tide_fail(err, -ENOMEM, "no memory for export '%s'", o->id);
-    r = use_iothread(e, o->iothread, err);
+        r = graph_find_err(x->graph, o->node_name, n, err);
+    return r;
+}
+
+int export_make(struct exports *x, const struct q_block_export_options *o, struct root *claim,
+                struct export **out, struct tide_error *err)
+{
+    const char *name = o->u.nbd.name ? o->u.nbd.name : o->node_name;
+    struct export *e = NULL;
+    struct node *n;
+    int r = check_add(x, o, name, &n, err);
+    if (r == 0 && !(e = export_alloc(x, o, name)))
+        r = tide_fail(err, -ENOMEM, "no memory for export '%s'", o->id);
     if (r == 0)
-        r = enter_graph(e, n, err); /* yields; afterwards the root holds the node */
-    if (r == 0)
-        r = check_free(x, o, name, err);
-    if (r == 0)
-        r = add_bitmaps(e, n, o, err);
+        r = fill(e, o, n, &claim, err);
     if (r < 0) {
+        root_free(claim);
         export_free(e);
         return r;
     }
+    set_busy(e, true);
+    root_step_in(e->nbd.root);
     nbd_export_attach(x->nbd, &e->nbd);
     TAILQ_INSERT_HEAD(&x->list, e, link);
     e->listed = true;
+    *out = e;
     return 0;
+}
+
+void export_unmake(struct export *e)
+{
+    bool unused = nbd_export_shut(e->x->nbd, &e->nbd);
+    assert(unused && !e->hidden);
+    (void)unused;
+    set_busy(e, false);
+    root_step_aside(e->nbd.root);
+    unlist(e);
+}
+
+void export_open(struct export *e)
+{
+    root_open(e->nbd.root);
+}
+
+int export_add(struct exports *x, const struct q_block_export_options *o, struct tide_error *err)
+{
+    struct export *e;
+    int r = export_make(x, o, NULL, &e, err);
+    if (r == 0)
+        export_open(e);
+    return r;
 }
 
 /* ------------------------------------------------------------------ queries */
 
+struct node *export_shows(const struct export *e)
+{
+    return root_node(e->nbd.root);
+}
+
+const char *export_name(const struct export *e)
+{
+    return e->name;
+}
+
+unsigned export_n_connections(const struct export *e)
+{
+    return e->nbd.n_conns;
+}
+
 struct node *export_node(struct exports *x, const char *id)
 {
     struct export *e = find(x, id);
-    return e ? root_node(e->nbd.root) : NULL;
+    return e ? export_shows(e) : NULL;
 }
 
 json_t *exports_query(struct exports *x)
@@ -537,8 +764,10 @@ json_t *exports_query(struct exports *x)
     json_t *all = json_array();
     struct export *e;
     TAILQ_FOREACH (e, &x->list, link) {
+        if (e->hidden)
+            continue;
         json_t *one = json_pack("{s:b,s:s,s:s,s:s}", "shutting-down", e->dying, "id", e->id, "type",
-                                "nbd", "node-name", e->node_name);
+                                "nbd", "node-name", node_name(export_shows(e)));
         if (json_array_append_new(all, one) < 0) {
             json_decref(all);
             return NULL;
@@ -552,7 +781,7 @@ void exports_each_writable(struct exports *x,
 {
     struct export *e;
     TAILQ_FOREACH (e, &x->list, link) {
-        if (e->nbd.writable)
-            fn(arg, e->id, e->node_name);
+        if (e->nbd.writable && !e->hidden)
+            fn(arg, e->id, node_name(export_shows(e)));
     }
 }

@@ -30,11 +30,12 @@ co_fn int nbd_server_start(struct exports *x, struct io_addr *addr, unsigned max
 co_fn int nbd_server_stop(struct exports *x, struct tide_error *err);
 bool nbd_server_running(struct exports *x);
 
-/* block-export-add. The id, the NBD name and the bitmaps are checked; bitmaps become busy. */
+/* As block-export-add, at once and for good. The id, the NBD name and the bitmaps are checked;
+ * bitmaps become busy. */
 co_fn int export_add(struct exports *x, const struct q_block_export_options *opts,
                      struct tide_error *err);
-/* block-export-del: safe refuses while a client is connected (-EBUSY). The event comes when the
- * export is really gone, maybe later than the return. */
+/* As block-export-del, at once and for good: safe refuses while a client is connected (-EBUSY). The
+ * event comes when the export is really gone, maybe later than the return. */
 co_fn int export_del(struct exports *x, const char *id, bool hard, struct tide_error *err);
 /* nbd-server-remove: by NBD export name. */
 co_fn int export_del_by_name(struct exports *x, const char *name, bool hard,
@@ -47,6 +48,55 @@ void exports_each_writable(struct exports *x,
                            void (*fn)(void *arg, const char *id, const char *node), void *arg);
 /* Shutdown: hard for every export, waits until they are gone; listener closed. */
 co_fn void exports_close_all(struct exports *x);
+
+/* ---- in parts, for lists of actions
+ *
+ * Each part takes effect at once, and what undoes it cannot fail, needs no memory and does not
+ * yield. Until the list is over (graph_effects_end) queries and NBD handshakes wait, so nobody sees
+ * an export in between, and nobody connects to it. A claim (block/root.h) that is handed over is
+ * used up in any case; NULL: it is made on the spot, which takes as long as the file locks do. */
+
+struct export;
+struct root;
+
+/* The claim that an export of this kind to that node would need, before guests are held; no claim
+ * where it could not be had as things are: making the export will say why. */
+co_fn int export_claim(struct exports *x, const char *id, bool writable, const char *node,
+                       struct root **out);
+bool export_is_writable(struct exports *x, const char *id); /* false, too: there is none */
+
+/* block-export-add. It is listed, its gate is shut until export_open(). unmake: undone, and to be
+ * freed by the caller once guests go on. */
+co_fn int export_make(struct exports *x, const struct q_block_export_options *opts,
+                      struct root *claim, struct export **out, struct tide_error *err);
+void export_unmake(struct export *e);
+void export_open(struct export *e);
+co_fn void export_free(struct export *e);
+
+/* block-export-del: may it be deleted? hide: nobody finds it, its id and name are free; so are its
+ * bitmaps and its node if no client is connected. unhide: undone. end: it is deleted for good and
+ * its clients are cut off; true: there are none, and the caller retires it (frees it and tells)
+ * once guests go on; false: it must not be touched any more. */
+int export_find_del(struct exports *x, const char *id, bool hard, struct export **out,
+                    struct tide_error *err);
+void export_hide(struct export *e);
+void export_unhide(struct export *e);
+bool export_end(struct export *e);
+co_fn void export_retire(struct export *e);
+
+/* block-export-set-node: the export goes on over another node of the same size, for clients that
+ * are connected too; it is quiesced or its gate is shut. Afterwards *claim keeps what the export
+ * had of the old node. swap: undone, *claim keeps what it had of the new one. The caller gives the
+ * claim back (root_free) once guests go on; before that the old node counts as unused already. */
+co_fn int export_set_node(struct exports *x, const char *id, const char *node, struct root **claim,
+                          struct export **out, struct tide_error *err);
+void export_swap_node(struct export *e, struct root *claim);
+
+struct node *export_shows(const struct export *e);
+const char *export_name(const struct export *e); /* in the NBD server */
+unsigned export_n_connections(const struct export *e);
+
+/* ---- iothreads */
 
 /* object-add/-del qom-type=iothread: a name for one of the loops (dealt out in turn over the data
  * loops). -EBUSY while an export uses it. */

@@ -83,19 +83,6 @@ int qmp_nbd_server_remove(struct qmp_call *call, const struct q_nbd_server_remov
 
 /* ------------------------------------------------------------------ exports */
 
-int qmp_block_export_add(struct qmp_call *call, const struct q_block_export_add *args, json_t **ret,
-                         struct tide_error *err)
-{
-    return export_add(call->inst->exports, args, err);
-}
-
-int qmp_block_export_del(struct qmp_call *call, const struct q_block_export_del *args, json_t **ret,
-                         struct tide_error *err)
-{
-    bool hard = args->has_mode && args->mode == Q_BLOCK_EXPORT_REMOVE_MODE_HARD;
-    return export_del(call->inst->exports, args->id, hard, err);
-}
-
 int qmp_query_block_exports(struct qmp_call *call, const struct q_query_block_exports *args,
                             json_t **ret, struct tide_error *err)
 {

@@ -11,3 +11,5 @@ extern const struct action_ops x_block_dirty_bitmap_enable_ops, x_block_dirty_bi
     x_block_dirty_bitmap_merge_ops;
 extern const struct action_ops blockdev_backup_ops, drive_backup_ops;
 extern const struct action_ops blockdev_add_ops, blockdev_del_ops;
+extern const struct action_ops block_export_add_ops, block_export_del_ops,
+    block_export_set_node_ops;

@@ -248,6 +248,80 @@ static void drive_backup_footprint(const struct q_drive_backup *a, struct footpr
     writes(f, STORE_FILE, a->target, NULL);
 }
 
+/* ------------------------------------------------------------------ exports */
+
+#define LOOK_BACK 4096u /* uses; a list that names more is not searched */
+
+/* Does an earlier action of the list make or change an export that may be this one? */
+static bool changed_before(const struct footprint *f, const char *id)
+{
+    const struct store_name name = {STORE_EXPORT, id, NULL};
+    for (size_t i = 0; i < f->n_uses && i < LOOK_BACK; i++) {
+        if (f->use[i].writes && f->use[i].action != f->action &&
+            store_name_meets(&f->use[i].name, &name))
+            return true;
+    }
+    return f->n_uses > LOOK_BACK;
+}
+
+/* The node that an export shows, which is in use by it: any, if it cannot be told. */
+static void reads_node_of(struct footprint *f, const char *id)
+{
+    const struct footprint_lookup *l = f->lookup;
+    const char *node = l && !changed_before(f, id) ? l->export_node(l->arg, id) : NULL;
+    reads(f, STORE_NODE, node, NULL);
+}
+
+/* A bare name may be that of a bitmap of the node or of one further down. */
+static void owns_by_name(struct footprint *f, const char *node, const char *name)
+{
+    const struct footprint_lookup *l = f->lookup;
+    reads(f, STORE_BITMAP, l ? node : NULL, l ? name : NULL);
+    writes(f, STORE_BITMAP_STATE, l ? node : NULL, l ? name : NULL);
+    while (l && (node = l->node_child(l->arg, node, 0))) {
+        reads(f, STORE_BITMAP, node, name);
+        writes(f, STORE_BITMAP_STATE, node, name);
+    }
+}
+
+static void export_add_footprint(const struct q_block_export_options *a, struct footprint *f)
+{
+    bool nbd = a->type == Q_BLOCK_EXPORT_TYPE_NBD;
+    reads(f, STORE_NODE, a->node_name, NULL);
+    writes(f, STORE_EXPORT, a->id, NULL);
+    writes(f, STORE_EXPORT_NAME, nbd && a->u.nbd.name ? a->u.nbd.name : a->node_name, NULL);
+    for (size_t i = 0; nbd && i < a->u.nbd.n_bitmaps; i++) {
+        const struct q_block_dirty_bitmap_or_str *b = &a->u.nbd.bitmaps[i];
+        if (b->kind == Q_KIND_STRING) {
+            owns_by_name(f, a->node_name, b->string);
+            continue;
+        }
+        reads(f, STORE_NODE, b->object->node, NULL);
+        reads(f, STORE_BITMAP, b->object->node, b->object->name);
+        writes(f, STORE_BITMAP_STATE, b->object->node, b->object->name);
+    }
+}
+
+/* Its clients, if any, go on until the list has happened: they are not in its way, since what they
+ * could be in the way of is held by the actions that concern it. So deleting the export of a disk
+ * that hangs does not wait for the disk. */
+static void export_del_footprint(const struct q_block_export_del *a, struct footprint *f)
+{
+    reads_node_of(f, a->id);
+    writes(f, STORE_EXPORT, a->id, NULL);
+    writes(f, STORE_EXPORT_NAME, NULL, NULL);
+    writes(f, STORE_BITMAP_STATE, NULL, NULL); /* who uses them */
+}
+
+static void export_set_node_footprint(const struct q_block_export_set_node *a, struct footprint *f)
+{
+    reads_node_of(f, a->id);
+    reads(f, STORE_NODE, a->node_name, NULL);
+    writes(f, STORE_EXPORT, a->id, NULL);
+    hold(f, NULL, a->id, true);
+    hold(f, a->node_name, NULL, true);
+}
+
 /* ------------------------------------------------------------------ all of them */
 
 void action_footprint(int kind, const void *args, unsigned index, struct footprint *f)
@@ -290,6 +364,12 @@ void action_footprint(int kind, const void *args, unsigned index, struct footpri
         return node_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_DEL:
         return del_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_EXPORT_ADD:
+        return export_add_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_EXPORT_DEL:
+        return export_del_footprint(args, f);
+    case Q_TRANSACTION_ACTION_KIND_BLOCK_EXPORT_SET_NODE:
+        return export_set_node_footprint(args, f);
     }
     assert(false);
 }

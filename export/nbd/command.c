@@ -135,6 +135,10 @@ static void look(struct nbd_context *x, struct node *n, uint64_t off, uint64_t *
 {
     struct extent e;
     *hole = false;
+    if (x->data_in != n) {
+        x->data_in = n;
+        x->data_off = x->data_end = 0;
+    }
     if (x->data_off <= off && off < x->data_end) {
         *end = MIN(*end, x->data_end);
         return;
@@ -442,10 +446,14 @@ static int check_form(struct nbd_task *t)
 static int check(struct nbd_task *t, struct node *n)
 {
     const struct nbd_request *rq = &t->rq;
-    const struct nbd_export *e = nbd_task_context(t)->exp;
+    const struct nbd_context *x = nbd_task_context(t);
+    const struct nbd_export *e = x->exp;
     int r = check_form(t);
     if (r < 0)
         return r;
+    /* What waited at the gate while its export was deleted comes too late. */
+    if (atomic_load_explicit(&x->conn->cut, memory_order_relaxed))
+        return -ESHUTDOWN;
     if (is_writing(rq->cmd) && (!e->writable || node_read_only(n)))
         return refuse(t, -EPERM, "the export is read-only");
     if (!range_in(rq->off, rq->len, node_size(n)))

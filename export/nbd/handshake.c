@@ -7,10 +7,12 @@
  *
  * GO (or the older EXPORT_NAME) ends it. All this happens on the control loop, so the table of
  * exports stands still between two yields; the answer to an option is therefore put together
- * completely before any of it is sent. A client may say anything: what is understood is bounded,
- * what is not is read past and refused by name, and only what breaks the framing, or never comes to
- * an end, ends the connection. After each option, and each 64 KiB of one that is too long, others
- * have their turn: this is the loop of the monitor and of every transaction. */
+ * completely before any of it is sent. While a list of actions is under way whoever asks about
+ * exports waits, holding nothing, until it is decided. A client may say anything: what is
+ * understood is bounded, what is not is read past and refused by name, and only what breaks the
+ * framing, or never comes to an end, ends the connection. After each option, and each 64 KiB of one
+ * that is too long, others have their turn: this is the loop of the monitor and of every
+ * transaction. */
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -277,6 +279,8 @@ static void answer_list(struct nbd_conn *c, struct question *q, struct answer *a
 {
     struct nbd_export *e;
     TAILQ_FOREACH (e, &c->srv->exports, link) {
+        if (e->hidden)
+            continue;
         const char *d = e->description ? e->description : "";
         put_reply(a, q->opt, NBD_REP_SERVER, 4 + strlen(e->name) + strlen(d));
         put32(a, strlen(e->name));
@@ -411,6 +415,12 @@ static bool takes_no_data(uint32_t opt)
            opt == NBD_OPT_STRUCTURED_REPLY || opt == NBD_OPT_EXTENDED_HEADERS;
 }
 
+static bool looks_at_exports(uint32_t opt)
+{
+    return opt == NBD_OPT_EXPORT_NAME || opt == NBD_OPT_LIST || opt == NBD_OPT_INFO ||
+           opt == NBD_OPT_GO || opt == NBD_OPT_LIST_META_CONTEXT || opt == NBD_OPT_SET_META_CONTEXT;
+}
+
 /* 1: transmission begins; 0: more options; -errno: the end. */
 static int answer_option(struct nbd_conn *c, struct question *q, struct answer *a)
 {
@@ -504,7 +514,11 @@ static int one_option(struct nbd_conn *c)
         return r;
     struct question q = {opt, data, len};
     struct answer a = {0};
+    if (looks_at_exports(opt))
+        graph_query_begin(c->srv->graph);
     r = answer_option(c, &q, &a);
+    if (looks_at_exports(opt))
+        graph_query_end(c->srv->graph);
     int sent = send_answer(c, &a);
     mem_free(a.p);
     return sent < 0 ? sent : r;

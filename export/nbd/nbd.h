@@ -21,6 +21,7 @@
 #include "io/io.h"
 
 struct dirty_bitmap;
+struct graph;
 struct node;
 struct root;
 
@@ -44,7 +45,8 @@ struct nbd_export {
     /* A shut export has lost its last connection. Control loop, in a coroutine; may free `e`. */
     void (*gone)(struct nbd_export *e);
     /* ---- control loop only ---- */
-    bool shut;
+    bool shut;   /* its connections are cut off, gone() follows the last one */
+    bool hidden; /* nobody finds it */
     unsigned n_conns;
     TAILQ_ENTRY(nbd_export) link;
 };
@@ -72,6 +74,7 @@ TAILQ_HEAD(nbd_conns, nbd_conn);
 
 struct nbd_server {
     struct io *io;
+    struct graph *graph;
     struct io_sock *listener;
     unsigned max_connections; /* 0: no limit */
     unsigned n_conns;
@@ -88,7 +91,8 @@ struct nbd_server {
 
 /* ---- server.c; control loop only ---- */
 
-co_fn int nbd_server_open(struct io *io, struct io_addr *addr, unsigned max_connections,
+/* Handshakes look at the exports as queries do: not in the middle of a list (graph_query_begin). */
+co_fn int nbd_server_open(struct graph *g, struct io_addr *addr, unsigned max_connections,
                           struct nbd_server **out, struct tide_error *err);
 /* Serve the clients: a new server lets them wait. */
 void nbd_server_release(struct nbd_server *srv);
@@ -170,9 +174,11 @@ struct nbd_context {
     struct nbd_conn *conn;
     struct nbd_export *exp;
     struct root *root;
-    uint64_t data_off, data_end; /* the last extent found that is not a hole: stays true enough */
-    bool left;                   /* the client has gone without goodbye */
-    bool goodbye;                /* or with it: what it asked for is done, replies are not needed */
+    /* The last extent found that is not a hole, in this node: stays true enough. */
+    uint64_t data_off, data_end;
+    const struct node *data_in;
+    bool left;    /* the client has gone without goodbye */
+    bool goodbye; /* or with it: what it asked for is done, replies are not needed */
 };
 struct nbd_context *nbd_task_context(struct nbd_task *t);
 

@@ -10,6 +10,7 @@
 
 #include "base/log.h"
 #include "base/mem.h"
+#include "block/node.h"
 #include "export/nbd/nbd.h"
 
 #define BACKLOG 256
@@ -22,7 +23,7 @@ struct nbd_export *nbd_export_find(struct nbd_server *srv, const char *name, siz
 {
     struct nbd_export *e;
     TAILQ_FOREACH (e, &srv->exports, link) {
-        if (strlen(e->name) == len && memcmp(e->name, name, len) == 0)
+        if (!e->hidden && strlen(e->name) == len && memcmp(e->name, name, len) == 0)
             return e;
     }
     return NULL;
@@ -30,7 +31,7 @@ struct nbd_export *nbd_export_find(struct nbd_server *srv, const char *name, siz
 
 void nbd_export_attach(struct nbd_server *srv, struct nbd_export *e)
 {
-    e->shut = false;
+    e->shut = e->hidden = false;
     e->n_conns = 0;
     TAILQ_INSERT_TAIL(&srv->exports, e, link);
 }
@@ -209,13 +210,14 @@ static int start_coroutines(struct nbd_server *srv)
     return 0;
 }
 
-int nbd_server_open(struct io *io, struct io_addr *addr, unsigned max_connections,
+int nbd_server_open(struct graph *g, struct io_addr *addr, unsigned max_connections,
                     struct nbd_server **out, struct tide_error *err)
 {
     struct nbd_server *srv = mem_zalloc(sizeof *srv);
     if (!srv)
         return tide_fail(err, -ENOMEM, "no memory for the NBD server");
-    srv->io = io;
+    srv->io = graph_io(g);
+    srv->graph = g;
     srv->held = true;
     srv->max_connections = max_connections;
     srv->room = srv->watch = srv->ended = (struct io_event)IO_EVENT_INIT;

@@ -177,7 +177,7 @@ static void fuzz_main(void *arg)
     MUST(nbd_bitmaps_reserve(&e, 1) == 0);
     nbd_bitmaps_add(&e, b);
     MUST(root_new(n, ROOT_READ | ROOT_WRITE, "export 'n'", &e.root, &err) == 0);
-    MUST(nbd_server_open(in->io, &addr, 0, &srv, &err) == 0);
+    MUST(nbd_server_open(g, &addr, 0, &srv, &err) == 0);
     nbd_export_attach(srv, &e);
     talk(in->io, srv, in);
     MUST(nbd_export_shut(srv, &e));
