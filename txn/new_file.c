@@ -108,7 +108,6 @@ static co_fn int check_unlocked(struct io_file *f, const char *path, struct tide
     return 0; /* a file system without locks has no users to tell */
 }
 
-/* The name itself, not what a symbolic link leads to. */
 static int is_a_link(const char *path, struct tide_error *err)
 {
     return tide_fail(err, -ELOOP, "'%s' is a symbolic link: name what it leads to, or " ADVICE,
