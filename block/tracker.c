@@ -504,22 +504,36 @@ int dirty_bitmap_freeze(struct dirty_bitmap *b)
     return 0;
 }
 
-static void end_freeze(struct dirty_bitmap *b)
+/* Returns what the successor holds now. */
+static struct bitmap *end_freeze(struct dirty_bitmap *b)
 {
     struct bitmap *done = b->successor;
     marks_remove(b);
     b->successor = NULL;
     b->n_busy--;
     marks_add(b);
-    graph_bitmap_free_later(b->node->graph, done);
+    return done;
 }
 
-void dirty_bitmap_abdicate(struct dirty_bitmap *b)
+void dirty_bitmap_abdicate(struct dirty_bitmap *b, struct frozen_bits *was)
 {
     assert(b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
     bitmap_swap(b->bits, b->successor);
+    was->generation = b->generation;
     dirty_bitmap_renew(b);
-    end_freeze(b);
+    was->bits = end_freeze(b);
+}
+
+void dirty_bitmap_freeze_again(struct dirty_bitmap *b, struct frozen_bits *was)
+{
+    assert(!b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
+    marks_remove(b);
+    bitmap_swap(b->bits, was->bits);
+    b->successor = was->bits;
+    b->generation = was->generation;
+    b->n_busy++;
+    marks_add(b);
+    was->bits = NULL;
 }
 
 void dirty_bitmap_reclaim(struct dirty_bitmap *b)
@@ -530,5 +544,5 @@ void dirty_bitmap_reclaim(struct dirty_bitmap *b)
                  b->name, b->node->name);
         bitmap_mark(b->bits, 0, UINT64_MAX, graph_retired(b->node->graph));
     }
-    end_freeze(b);
+    graph_bitmap_free_later(b->node->graph, end_freeze(b));
 }

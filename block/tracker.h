@@ -71,9 +71,16 @@ char *dirty_bitmap_rename(struct dirty_bitmap *b, char *name);
 void dirty_bitmap_set_enabled(struct dirty_bitmap *b, bool enabled);
 /* [q] Make a successor and take ownership (n_busy). -ENOMEM. */
 int dirty_bitmap_freeze(struct dirty_bitmap *b);
-/* [q] Drop the frozen bits, the successor's are the bitmap's; or merge the successor back. reclaim
- * cannot fail: without memory it marks more. Both end the ownership. */
-void dirty_bitmap_abdicate(struct dirty_bitmap *b);
+/* [q] Put the frozen bits aside, the successor's are the bitmap's; or merge the successor back.
+ * reclaim cannot fail: without memory it marks more. Both end the ownership. While the node stays
+ * quiesced, freeze_again turns abdicate back, without memory; else what is in `was` goes to
+ * graph_bitmap_free_later(). */
+struct frozen_bits {
+    struct bitmap *bits; /* NULL: nothing was put aside */
+    uint64_t generation;
+};
+void dirty_bitmap_abdicate(struct dirty_bitmap *b, struct frozen_bits *was);
+void dirty_bitmap_freeze_again(struct dirty_bitmap *b, struct frozen_bits *was);
 void dirty_bitmap_reclaim(struct dirty_bitmap *b);
 /* Dirty bytes, in whole granules: what queries call its count. */
 unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b);

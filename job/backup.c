@@ -116,10 +116,11 @@ static void free_parts(struct backup *b)
     graph_bitmap_free_later(b->graph, b->todo);
     graph_bitmap_free_later(b->graph, b->undone);
     graph_bitmap_free_later(b->graph, b->maybe_data);
+    graph_bitmap_free_later(b->graph, b->was.bits);
     root_free(b->unit_root);
     root_free(b->spill_root);
     b->worker = NULL;
-    b->todo = b->undone = b->maybe_data = NULL;
+    b->todo = b->undone = b->maybe_data = b->was.bits = NULL;
     b->unit_root = b->spill_root = NULL;
 }
 
@@ -327,7 +328,7 @@ static void backup_commit(struct job *j)
     if (b->opts.bitmap_mode == BACKUP_NEVER)
         dirty_bitmap_reclaim(b->opts.bitmap);
     else
-        dirty_bitmap_abdicate(b->opts.bitmap);
+        dirty_bitmap_abdicate(b->opts.bitmap, &b->was);
 }
 
 static void backup_abort(struct job *j)
@@ -341,9 +342,31 @@ static void backup_abort(struct job *j)
         dirty_bitmap_reclaim(bm);
         return;
     }
-    dirty_bitmap_abdicate(bm);
+    dirty_bitmap_abdicate(bm, &b->was);
     if (bitmap_merge(bm->bits, b->undone) < 0)
         bitmap_mark(bm->bits, 0, UINT64_MAX, graph_retired(b->graph));
+}
+
+/* After an abort with mode always the bits that fold back hold `undone`, too, rounded to the copy's
+ * granules: more than there was, never less. */
+static void backup_fold_back(struct job *j)
+{
+    struct backup *b = (struct backup *)j;
+    if (!b->was.bits)
+        return;
+    dirty_bitmap_freeze_again(b->opts.bitmap, &b->was);
+    dirty_bitmap_reclaim(b->opts.bitmap);
+}
+
+static unsigned backup_names(struct job *j, struct store_name *names)
+{
+    struct backup *b = (struct backup *)j;
+    if (!b->opts.bitmap)
+        return 0;
+    const char *node = node_name(b->opts.source), *name = b->opts.bitmap->name;
+    names[0] = (struct store_name){STORE_BITMAP_BITS, node, name};
+    names[1] = (struct store_name){STORE_BITMAP_STATE, node, name};
+    return 2;
 }
 
 static co_fn void backup_clean(struct job *j)
@@ -375,6 +398,8 @@ static const struct job_ops backup_ops = {
     .kick = backup_kick,
     .commit = backup_commit,
     .abort = backup_abort,
+    .fold_back = backup_fold_back,
+    .names = backup_names,
     .clean = backup_clean,
     .nodes = backup_nodes,
 };

@@ -66,6 +66,7 @@ struct backup {
     bool hooked;
     uint64_t size, granule, chunk;
     struct bitmap *todo, *undone;
+    struct frozen_bits was; /* at the end: what the bitmap gave up, until that is recorded */
     /* All granules but those that are known to read as zero, as far as they are still in `todo`:
      * whoever writes to one takes it out first, so what the scout has seen once stays true of the
      * others. This way round, for without memory a bitmap says more than it was told. NULL: nobody

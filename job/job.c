@@ -5,7 +5,7 @@
  *   one failed or was cancelled   cancel the others; when all have ended, finish(abort)
  *   all have ended well           all are *pending*; unless one wants finalize by hand,
  * finish(commit) finish() is the transaction at the end: command lock, one quiesce, commit or abort
- * of each member, then nodes are released, then events leave. */
+ * of each member, one record, then nodes are released, then events leave. */
 #include "job/job.h"
 
 #include <assert.h>
@@ -26,6 +26,7 @@
 struct jobs {
     struct graph *graph;
     struct event_bus *bus;
+    struct store *store;       /* or NULL */
     struct job_list_head list; /* newest first */
     struct co_queue changed;   /* somebody waits for the end of a group */
     struct spin changed_lock;
@@ -86,6 +87,11 @@ struct graph *jobs_graph(struct jobs *js)
     return js->graph;
 }
 
+void jobs_set_store(struct jobs *js, struct store *s)
+{
+    js->store = s;
+}
+
 int job_group_new(struct jobs *js, struct job_group **out)
 {
     struct job_group *g = mem_zalloc(sizeof *g);
@@ -100,8 +106,23 @@ int job_group_new(struct jobs *js, struct job_group **out)
 
 void job_group_put(struct job_group *g)
 {
-    if (g && --g->refs == 0)
-        mem_free(g);
+    if (!g || --g->refs)
+        return;
+    mem_free(g->nodes);
+    mem_free(g->names);
+    mem_free(g);
+}
+
+/* Room for one more member at the end, so that the end needs none. */
+static int reserve_end(struct job_group *g)
+{
+    struct node **nodes = mem_realloc(g->nodes, (g->n + 1) * JOB_NODES, sizeof *nodes);
+    if (nodes)
+        g->nodes = nodes;
+    struct store_name *names = mem_realloc(g->names, (g->n + 1) * (JOB_NAMES + 1), sizeof *names);
+    if (names)
+        g->names = names;
+    return nodes && names ? 0 : -ENOMEM;
 }
 
 static struct job *lookup(struct jobs *js, const char *id)
@@ -140,7 +161,7 @@ int job_register(struct job *j, struct jobs *js, const struct job_ops *ops,
         g->refs++;
     else if (job_group_new(js, &g) < 0)
         return tide_fail(err, -ENOMEM, "no memory for job '%s'", o->id);
-    j->id = mem_strdup(o->id);
+    j->id = reserve_end(g) == 0 ? mem_strdup(o->id) : NULL;
     if (!j->id) {
         job_group_put(g);
         return tide_fail(err, -ENOMEM, "no memory for job '%s'", o->id);
@@ -242,18 +263,14 @@ static void cancel_rest(struct job_group *g)
 
 static co_fn struct quiesce *try_to_hold(struct job_group *g)
 {
-    struct node **nodes = mem_calloc(g->n * 2 + 1, sizeof *nodes);
     struct quiesce *q = NULL;
     struct tide_error err;
     struct job *j;
     unsigned n = 0;
-    if (!nodes)
-        return NULL;
     TAILQ_FOREACH (j, &g->members, in_group)
-        n += j->ops->nodes(j, nodes + n);
-    if (quiesce_begin(g->jobs->graph, nodes, n, QUIESCE_WRITES, &q, &err) < 0)
+        n += j->ops->nodes(j, g->nodes + n);
+    if (quiesce_begin(g->jobs->graph, g->nodes, n, QUIESCE_WRITES, &q, &err) < 0)
         log_warn("job", "end of job '%s': %s; trying again", TAILQ_FIRST(&g->members)->id, err.msg);
-    mem_free(nodes);
     return q;
 }
 
@@ -287,14 +304,40 @@ static void dismiss(struct job *j)
     mem_free(j);
 }
 
-static co_fn void finish(struct job_group *g)
+/* What happened to each member and its bitmaps, in one. */
+static co_fn int record_end(struct job_group *g, struct tide_error *err)
 {
-    struct graph *graph = g->jobs->graph;
-    struct jobs *js = g->jobs;
-    struct job *j, *next;
-    g->refs++;
-    struct quiesce *q = hold_nodes(g);
-    graph_effects_begin(graph);
+    struct store_record rec = {.outcome = {.committed = true, .failed = -1}, .changed = g->names};
+    struct job *j;
+    if (!g->jobs->store)
+        return 0;
+    TAILQ_FOREACH (j, &g->members, in_group) {
+        g->names[rec.n_changed++] = (struct store_name){STORE_JOB, j->id, NULL};
+        rec.n_changed += j->ops->names(j, g->names + rec.n_changed);
+    }
+    return store_write_record(g->jobs->store, &rec, err);
+}
+
+/* Nothing was recorded, so nothing of it may stay. */
+static void fold_back(struct job_group *g, const struct tide_error *why)
+{
+    struct job *j;
+    TAILQ_FOREACH_REVERSE(j, &g->members, job_list_head, in_group)
+    {
+        j->ops->fold_back(j);
+        if (j->ret < 0)
+            continue;
+        j->ret = why->code;
+        job_fail(j, "its end could not be recorded: %s", why->msg);
+        set_status(j, JOB_ABORTING);
+    }
+}
+
+/* Commit or abort every member, and record it. Nothing that can fail comes after. */
+static co_fn void decide(struct job_group *g)
+{
+    struct tide_error err;
+    struct job *j;
     bool ok = !group_failed(g); /* from here on a cancel comes too late */
     g->decided = true;
     if (!ok)
@@ -306,6 +349,21 @@ static co_fn void finish(struct job_group *g)
         else
             j->ops->abort(j);
     }
+    if (record_end(g, &err) < 0) {
+        log_warn("job", "end of job '%s': %s", TAILQ_FIRST(&g->members)->id, err.msg);
+        fold_back(g, &err);
+    }
+}
+
+static co_fn void finish(struct job_group *g)
+{
+    struct graph *graph = g->jobs->graph;
+    struct jobs *js = g->jobs;
+    struct job *j, *next;
+    g->refs++;
+    struct quiesce *q = hold_nodes(g);
+    graph_effects_begin(graph);
+    decide(g);
     quiesce_end(q);
     TAILQ_FOREACH (j, &g->members, in_group)
         j->ops->clean(j);

@@ -4,8 +4,9 @@
  * States and verbs are QEMU's (qapi/job.json; contract sections 6.1 to 6.6). Every job is in a
  * group: alone, or with the others of a transaction that asked for completion-mode=grouped. The
  * members of a group end in one way at one instant (law L7): under the command lock and one quiesce
- * over all their nodes, every member commits or every member aborts; then events leave in order of
- * creation.
+ * over all their nodes, every member commits or every member aborts, one record decides
+ * (store/store.h), then events leave in order of creation. If the record is refused, every member
+ * fails and what it changed folds back. Memory for the end is taken when a job is made.
  *
  * Everything here is control loop only. A job is made inside a transaction's prepare (job_init,
  * job_register), is *created* but silent until job_start(), and vanishes without a trace with
@@ -20,6 +21,7 @@
 #include "base/error.h"
 #include "co/co.h"
 #include "io/io.h"
+#include "store/store.h"
 
 struct event_bus;
 struct graph;
@@ -59,19 +61,30 @@ struct job_ops {
     co_fn int (*run)(struct job *j);
     /* pause, resume, cancel or speed changed: wake the workers. */
     void (*kick)(struct job *j);
-    /* The end: sources are quiesced for writes. Exactly one of the two; neither can fail. */
+    /* The end: sources are quiesced for writes. Exactly one of the two; neither can fail or needs
+     * memory. The record follows. */
     void (*commit)(struct job *j);
     void (*abort)(struct job *j);
+    /* The record was refused: after commit or abort, what they made of bitmaps becomes what it is
+     * after a job that failed. Neither fails nor needs memory, nor any record to be right: it is
+     * what becomes of a job that the daemon did not live to end. */
+    void (*fold_back)(struct job *j);
+    /* What the end changes besides the job: adds at most JOB_NAMES to `names`, returns how many. */
+    unsigned (*names)(struct job *j, struct store_name *names);
     /* After the end, nodes released: free everything but the job itself. */
     co_fn void (*clean)(struct job *j);
     /* Nodes to hold for the end: adds at most 2 to `nodes`, returns how many. */
     unsigned (*nodes)(struct job *j, struct node **nodes);
 };
+#define JOB_NODES 2u
+#define JOB_NAMES 2u
 
 struct job_group {
     struct jobs *jobs;
     unsigned n, refs;
     bool pending, finalize, finishing, decided;
+    struct node **nodes;                    /* room for those of all members */
+    struct store_name *names;               /* likewise, and for the members themselves */
     struct loop_msg again;                  /* begin_finish() could not get memory */
     TAILQ_HEAD(job_list_head, job) members; /* in order of creation */
 };
@@ -99,6 +112,8 @@ struct jobs;
 int jobs_new(struct graph *g, struct event_bus *bus, struct jobs **out);
 void jobs_free(struct jobs *js); /* none is left */
 struct graph *jobs_graph(struct jobs *js);
+/* Ends are recorded there; NULL (the beginning): nowhere. */
+void jobs_set_store(struct jobs *js, struct store *s);
 
 int job_group_new(struct jobs *js, struct job_group **out); /* one reference, for the transaction */
 void job_group_put(struct job_group *g);

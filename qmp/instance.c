@@ -46,6 +46,8 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
     if (r == 0)
         r = store_new(&inst->store);
     if (r == 0)
+        jobs_set_store(inst->jobs, inst->store);
+    if (r == 0)
         r = history_new(&inst->history);
     if (r == 0)
         r = monitors_new(inst, &inst->monitors);

@@ -95,7 +95,7 @@ MAY_INCLUDE = {
     'bitmap': 'base',
     'block': 'base co io schema event bitmap',
     'drivers': 'base co io schema event bitmap block',
-    'job': 'base co io schema event bitmap block',
+    'job': 'base co io schema event bitmap block store',
     'export': 'base co io schema event bitmap block',
     'store': 'base co',
     'txn': 'base co io schema event bitmap block job export store',

@@ -3,7 +3,9 @@
  *
  * store_write_record() is called when every effect of a list is in memory, while guests are held.
  * If it returns 0 the list has happened, and nothing that can fail comes after it; if it fails the
- * list is undone. So all or nothing, also over a crash, is a property of this one function.
+ * list is undone. So all or nothing, also over a crash, is a property of this one function. The end
+ * of a group of jobs is recorded in the same way: its record names the jobs, which are no more, and
+ * the bitmaps that moved or folded back; if it fails, the jobs fail and the bitmaps fold back.
  *
  * There are two stores: store_new() keeps records in memory (outcomes of named transactions live
  * until the daemon ends), and the simulator has one that writes them to a simulated disk and is cut

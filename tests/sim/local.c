@@ -192,6 +192,7 @@ void local_open(struct local *l, struct world *w, struct instance *inst, const c
     event_bus_attach(inst->bus, &l->sink->sink);
     l->store = (struct local_store){.store = {&slow_ops}, .below = inst->store};
     inst->txn.store = &l->store.store;
+    jobs_set_store(inst->jobs, &l->store.store);
     ref_init(r);
     for (unsigned i = 0; i < REF_NODES; i++)
         add_disk(l, r->node[i].name, r->node[i].size);
@@ -215,8 +216,14 @@ void local_close(struct local *l)
     for (unsigned i = 0; i < 3; i++)
         root_free(l->writer[i]);
     event_bus_detach(l->inst->bus, &l->sink->sink);
-    l->inst->txn.store = l->store.below;
+    l->inst->txn.store = l->inst->store;
+    jobs_set_store(l->inst->jobs, l->inst->store);
     free(l->sink);
+}
+
+void local_use_store(struct local *l, struct store *below)
+{
+    l->store.below = below;
 }
 
 void local_write(struct local *l, const char *node, uint64_t off, uint64_t len)

@@ -43,6 +43,8 @@ struct local {
 /* Opens the disks, the held bitmap on d and its export. `inst` is not yet told. */
 co_fn void local_open(struct local *l, struct world *w, struct instance *inst, const char *who);
 co_fn void local_close(struct local *l); /* the instance can be closed then */
+/* Lists and ends of jobs are recorded there from now on, by way of l->store. */
+void local_use_store(struct local *l, struct store *below);
 void local_forget_events(struct local *l);
 
 /* What became of a list. */

@@ -1,0 +1,467 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Laws L6 and L7. One to three jobs made by one list, with bitmap actions of any kind around them;
+ * guests write; and at any point of any job's life something happens to it: cancel (by either
+ * command), pause and resume, finalize by hand, an error of its target, a record of the end that is
+ * refused. Each point: as soon as the event of a status is heard, or a moment later.
+ *
+ * At the end: the jobs of a group ended in one way, each once, their ends in order of creation with
+ * nothing between; every bitmap moved or folded back, exactly (a model of sets knows); what jobs
+ * owned was refused to everybody until then. */
+#include <errno.h>
+#include <string.h>
+
+#include "block/node.h"
+#include "block/tracker.h"
+#include "job/job.h"
+#include "local.h"
+#include "qmp/instance.h"
+
+#define MAX_MEMBERS 3u
+
+enum blow { NOTHING, CANCEL, BLOCK_CANCEL, PAUSE, PAUSE_AND_CANCEL, TARGET_ERROR, N_BLOWS };
+
+/* What shall happen to a job, and when. */
+struct plan {
+    enum blow blow;
+    char status[16]; /* when this is heard of it */
+    uint64_t later;  /* and this many ns passed */
+    bool struck, done;
+};
+
+struct member {
+    char id[16];
+    const char *node, *target, *bitmap;
+    enum ref_mode mode;
+    bool by_hand; /* auto-finalize: false */
+    struct plan plan;
+    unsigned n_ends, n_created, n_null;
+    bool well, cancelled, failed;
+    struct group_state *g;
+};
+
+struct group_state {
+    struct local a;
+    struct ref ref;
+    struct member member[MAX_MEMBERS];
+    unsigned n_members, round, n_rounds_well, n_rounds_bad;
+    bool grouped, refuse;
+    bool stop_writing;
+    struct co_mutex writing; /* held: no write is under way */
+    json_t *list;            /* being run */
+    struct co_group writer_gone, blows;
+};
+
+/* ------------------------------------------------------------------ guests */
+
+static void writer_main(void *arg)
+{
+    struct group_state *g = arg;
+    struct chance *dice = &g->a.w->chance;
+    while (!g->stop_writing) {
+        struct ref_node *n = &g->ref.node[chance_below(dice, 3)];
+        uint64_t len = 1 + chance_below(dice, 30000), off = chance_below(dice, n->size - len);
+        co_mutex_lock(&g->writing);
+        local_write(&g->a, n->name, off, len);
+        ref_write(&g->ref, n->name, off, len);
+        co_mutex_unlock(&g->writing);
+        io_sleep(chance_below(dice, 3000000));
+    }
+    co_group_done(&g->writer_gone);
+}
+
+/* ------------------------------------------------------------------ blows */
+
+static co_fn void command(struct group_state *g, const char *name, const char *key, const char *id)
+{
+    free(local_command(&g->a, name,
+                       json_pack("{s:s}", key, id))); /* refused where the state is past it */
+}
+
+static void blow_main(void *arg)
+{
+    struct member *m = arg;
+    struct group_state *g = m->g;
+    if (m->plan.later)
+        io_sleep(m->plan.later);
+    switch (m->plan.blow) {
+    case CANCEL:
+        command(g, "job-cancel", "id", m->id);
+        break;
+    case BLOCK_CANCEL:
+        command(g, "block-job-cancel", "device", m->id);
+        break;
+    case PAUSE:
+    case PAUSE_AND_CANCEL:
+        command(g, "job-pause", "id", m->id);
+        io_sleep(chance_below(&g->a.w->chance, 2000000));
+        command(g, m->plan.blow == PAUSE ? "job-resume" : "job-cancel", "id", m->id);
+        break;
+    default:
+        break;
+    }
+    m->plan.done = true;
+    co_group_done(&g->blows);
+}
+
+static void finalize_main(void *arg)
+{
+    struct member *m = arg;
+    struct group_state *g = m->g;
+    io_sleep(chance_below(&g->a.w->chance, 1000000));
+    command(g, chance_one_in(&g->a.w->chance, 2) ? "job-finalize" : "block-job-finalize", "id",
+            m->id);
+    co_group_done(&g->blows);
+}
+
+static void spawn(struct group_state *g, void (*fn)(void *), struct member *m)
+{
+    co_group_add(&g->blows, 1);
+    CHECK(loop_spawn(io_loop(g->a.w->io, 0), fn, m) == 0);
+}
+
+static struct member *member_of(struct group_state *g, const char *id)
+{
+    for (unsigned i = 0; i < g->n_members; i++)
+        if (!strcmp(g->member[i].id, id))
+            return &g->member[i];
+    return NULL;
+}
+
+static void on_event(void *arg, const struct local_event *e)
+{
+    struct group_state *g = arg;
+    struct member *m = member_of(g, e->id);
+    if (!m)
+        return;
+    m->n_created += !strcmp(e->status, "created");
+    m->n_null += !strcmp(e->status, "null");
+    if (!strcmp(e->name, "BLOCK_JOB_COMPLETED") || !strcmp(e->name, "BLOCK_JOB_CANCELLED")) {
+        m->n_ends++;
+        m->cancelled = !strcmp(e->name, "BLOCK_JOB_CANCELLED");
+        m->failed = e->error;
+        m->well = !m->cancelled && !m->failed;
+    }
+    if (m->plan.blow && m->plan.blow != TARGET_ERROR && !m->plan.struck &&
+        !strcmp(e->status, m->plan.status)) {
+        m->plan.struck = true;
+        spawn(g, blow_main, m);
+    }
+    if (m->by_hand && !strcmp(e->status, "pending"))
+        spawn(g, finalize_main, m);
+}
+
+/* ------------------------------------------------------------------ making a round */
+
+static void plan_blow(struct group_state *g, struct member *m)
+{
+    static const char *const at[] = {"created", "running", "running", "paused",
+                                     "waiting", "pending", "aborting"};
+    struct chance *dice = &g->a.w->chance;
+    m->plan = (struct plan){0};
+    if (chance_one_in(dice, 2))
+        return;
+    m->plan.blow = 1 + (enum blow)chance_below(dice, N_BLOWS - 1);
+    snprintf(m->plan.status, sizeof m->plan.status, "%s", at[chance_below(dice, 7)]);
+    m->plan.later = chance_one_in(dice, 2) ? chance_below(dice, 3000000) : 0;
+    if (m->plan.blow == TARGET_ERROR && !strcmp(m->target, "te"))
+        sim_fail(g->a.w->disk, "a-te", SIM_WRITE, 1 + (unsigned)chance_below(dice, 12), EIO, true);
+}
+
+/* Which disks, in which order, is the chance's; each at most once, and its bitmap of its own. */
+static void choose_members(struct group_state *g)
+{
+    static const char *const nodes[] = {"d", "e", "f"}, *const targets[] = {"td", "te", "tf"};
+    static const char *const bitmaps[] = {"p", "q", "r", NULL};
+    struct chance *dice = &g->a.w->chance;
+    unsigned first = (unsigned)chance_below(dice, 3);
+    g->n_members = 1 + (unsigned)chance_below(dice, MAX_MEMBERS);
+    for (unsigned i = 0; i < g->n_members; i++) {
+        struct member *m = &g->member[i];
+        unsigned k = (first + i) % 3;
+        *m = (struct member){.node = nodes[k],
+                             .target = targets[k],
+                             .bitmap = bitmaps[chance_below(dice, 4)],
+                             .mode = (enum ref_mode)chance_below(dice, 3),
+                             .by_hand = chance_one_in(dice, 3),
+                             .g = g};
+        snprintf(m->id, sizeof m->id, "j%u-%u", g->round % 1000, i);
+        plan_blow(g, m);
+    }
+}
+
+static json_t *backup_of(struct group_state *g, const struct member *m)
+{
+    static const char *const modes[] = {"on-success", "never", "always"};
+    static const int speeds[] = {0, 0, 1 << 22, 1 << 25};
+    json_t *data =
+        json_pack("{s:s,s:s,s:s,s:s,s:b,s:i}", "job-id", m->id, "device", m->node, "target",
+                  m->target, "sync", m->bitmap ? "bitmap" : "full", "auto-finalize", !m->by_hand,
+                  "speed", speeds[chance_below(&g->a.w->chance, 4)]);
+    if (m->bitmap) {
+        json_object_set_new(data, "bitmap", json_string(m->bitmap));
+        json_object_set_new(data, "bitmap-mode", json_string(modes[m->mode]));
+    }
+    return json_pack("{s:s,s:o}", "type", "blockdev-backup", "data", data);
+}
+
+static json_t *bitmap_action(const char *kind, const char *node, const char *name)
+{
+    char type[40];
+    snprintf(type, sizeof type, "block-dirty-bitmap-%s", kind);
+    return json_pack("{s:s,s:{s:s,s:s}}", "type", type, "data", "node", node, "name", name);
+}
+
+/* Before the jobs and after them: actions of other kinds, on what no job owns. */
+static void add_others(struct group_state *g, json_t *list, bool before)
+{
+    static const char *const kinds[] = {"clear", "enable", "disable"};
+    struct chance *dice = &g->a.w->chance;
+    for (unsigned i = 0; i < g->n_members; i++) {
+        struct member *m = &g->member[i];
+        if (m->bitmap && before && chance_one_in(dice, 2))
+            json_array_append_new(list,
+                                  bitmap_action(kinds[chance_below(dice, 2)], m->node, m->bitmap));
+        if (chance_one_in(dice, 2))
+            json_array_append_new(list, bitmap_action(kinds[chance_below(dice, 3)], m->node, "s"));
+        if (m->bitmap && before && chance_one_in(dice, 3))
+            json_array_append_new(list, json_pack("{s:s,s:{s:s,s:s,s:[s]}}", "type",
+                                                  "block-dirty-bitmap-merge", "data", "node",
+                                                  m->node, "target", m->bitmap, "bitmaps", "s"));
+    }
+}
+
+/* ------------------------------------------------------------------ what has to be so */
+
+/* What a job owns is refused to every other action, in the list that made it and after it. */
+static void check_owned(struct group_state *g)
+{
+    static const char *const kinds[] = {"clear", "enable", "disable", "remove"};
+    struct chance *dice = &g->a.w->chance;
+    struct member *m = &g->member[chance_below(dice, g->n_members)];
+    json_t *list = json_array(), *backup;
+    if (!m->bitmap)
+        goto out;
+    backup = backup_of(g, m);
+    json_object_set_new(json_object_get(backup, "data"), "job-id", json_string("other"));
+    json_array_append_new(list, backup); /* [backup b, x b] and [backup b, backup b] */
+    if (chance_one_in(dice, 4)) {
+        json_t *second = json_deep_copy(backup);
+        json_object_set_new(json_object_get(second, "data"), "job-id", json_string("second"));
+        json_array_append_new(list, second);
+    } else {
+        json_array_append_new(list,
+                              bitmap_action(kinds[chance_below(dice, 4)], m->node, m->bitmap));
+    }
+    struct local_outcome o = local_run(&g->a, list, &(struct local_props){.grouped = g->grouped});
+    CHECK_SAY(o.failed == 1 && strstr(o.text, m->bitmap) && strstr(o.text, "in use"), "%d: %s",
+              o.failed, o.text);
+out:
+    json_decref(list);
+}
+
+static void check_members(struct group_state *g)
+{
+    bool bad = g->refuse;
+    for (unsigned i = 0; i < g->n_members; i++) {
+        struct member *m = &g->member[i];
+        CHECK_SAY(m->n_created == 1 && m->n_ends == 1 && m->n_null == 1,
+                  "job %s: created %u, ended %u, gone %u times", m->id, m->n_created, m->n_ends,
+                  m->n_null);
+        CHECK(!g->grouped || m->well == g->member[0].well);
+        CHECK(!g->refuse || !m->well);
+        bad = bad || !m->well;
+    }
+    bad ? g->n_rounds_bad++ : g->n_rounds_well++;
+}
+
+/* The ends of a group: COMPLETED or CANCELLED, concluded, of one after the other in order of
+ * creation, then null of each. */
+static void check_order(struct group_state *g)
+{
+    unsigned n = g->n_members, at = 0, i;
+    while (at < g->a.n_events && strncmp(g->a.event[at].name, "BLOCK_JOB_C", 11))
+        at++;
+    CHECK(at + 3 * n == g->a.n_events);
+    for (i = 0; i < 2 * n; i++) {
+        const struct local_event *e = &g->a.event[at + i];
+        CHECK_SAY(!strcmp(e->id, g->member[i / 2].id), "the end of %s is not in order", e->id);
+        CHECK(i % 2 ? !strcmp(e->status, "concluded") : !strncmp(e->name, "BLOCK_JOB_C", 11));
+    }
+    for (i = 0; i < n; i++) {
+        const struct local_event *e = &g->a.event[at + 2 * n + i];
+        CHECK(!strcmp(e->status, "null") && !strcmp(e->id, g->member[i].id));
+    }
+}
+
+static bool has_bit(const uint8_t *set, uint64_t i)
+{
+    return set[i / 8] >> i % 8 & 1;
+}
+
+/* A bitmap with mode always after a job that did not end well: what came since the job began and
+ * what was not copied, in whole granules of the copy, but no more than there was. If the record of
+ * that was refused: all that there was, too. */
+static void check_partly(struct group_state *g, struct member *m)
+{
+    struct ref_node *n = ref_node(&g->ref, m->node);
+    struct ref_bitmap *r = ref_bitmap(n, m->bitmap);
+    struct dirty_bitmap *b;
+    struct tide_error err;
+    CHECK(dirty_bitmap_find(graph_find(g->a.inst->graph, m->node), m->bitmap, 0, &b, &err) == 0);
+    CHECK(!b->successor && !b->n_busy);
+    for (uint64_t off = 0; off < n->size; off += UINT64_C(1) << r->shift) {
+        uint64_t i = off >> r->shift, copy = MAX(UINT64_C(1) << r->shift, UINT64_C(65536));
+        bool may = has_bit(r->late, i), is = bitmap_test(b->bits, off);
+        bool must = may || (g->refuse && has_bit(r->bits, i));
+        CHECK_SAY(is || !must, "job %s lost the mark at %" PRIu64, m->id, off);
+        for (uint64_t o = off / copy * copy; !may && o < MIN(off / copy * copy + copy, n->size);
+             o += UINT64_C(1) << r->shift)
+            may = has_bit(r->bits, o >> r->shift);
+        CHECK_SAY(!is || may, "job %s made up a mark at %" PRIu64, m->id, off);
+        if (is)
+            r->late[i / 8] |= (uint8_t)(1u << i % 8); /* the model takes over which it was */
+    }
+}
+
+/* The model learns how it ended, and must agree with every bitmap. */
+static void check_bitmaps(struct group_state *g)
+{
+    for (unsigned i = 0; i < g->n_members; i++) {
+        struct member *m = &g->member[i];
+        for (unsigned k = 0; k < REF_JOBS; k++) {
+            struct ref_job *j = &g->ref.job[k];
+            if (!j->used || strcmp(j->id, m->id))
+                continue;
+            if (m->bitmap && j->mode == REF_ALWAYS && !m->well)
+                check_partly(g, m);
+            ref_end_job(&g->ref, j, m->well);
+        }
+    }
+    char *is = local_bitmaps(&g->a), *should = ref_text(&g->ref);
+    bool same = !strcmp(is, should);
+    if (!same)
+        fprintf(stderr, "---- it is\n%s---- and should be\n%s", is, should);
+    CHECK_SAY(same, "the bitmaps are not what the end of the jobs makes of them");
+    free(is);
+    free(should);
+}
+
+/* ------------------------------------------------------------------ a round */
+
+static co_fn void wait_gone(struct group_state *g)
+{
+    for (unsigned i = 0; i < g->n_members; i++)
+        while (!g->member[i].n_null)
+            io_event_wait(&g->a.heard, IO_FOREVER);
+    co_group_wait(&g->blows);
+}
+
+/* The model makes the step at the instant at which all disks are held. */
+static void on_step(void *arg, enum txn_step step, unsigned done)
+{
+    struct group_state *g = arg;
+    (void)done;
+    if (step == TXN_RECORDED)
+        CHECK(ref_play_list(&g->ref, g->list, g->grouped) < 0);
+}
+
+static co_fn void one_round(struct group_state *g)
+{
+    struct chance *dice = &g->a.w->chance;
+    json_t *list = json_array();
+    g->round++;
+    choose_members(g);
+    /* Only what is one group ends at one point, which the one record is for. */
+    g->grouped = g->n_members == 1 || !chance_one_in(dice, 4);
+    g->refuse = g->grouped && chance_one_in(dice, 6);
+    local_forget_events(&g->a);
+    check_owned(g);
+    add_others(g, list, true);
+    for (unsigned i = 0; i < g->n_members; i++)
+        json_array_append_new(list, backup_of(g, &g->member[i]));
+    add_others(g, list, false);
+    unsigned n_refused = g->a.store.n_refused;
+    g->list = list;
+    struct local_outcome o =
+        local_run(&g->a, list,
+                  &(struct local_props){.grouped = g->grouped, .probe = on_step, .probe_arg = g});
+    CHECK_SAY(o.code == 0, "action %d: %s", o.failed, o.text);
+    g->a.store.fail = g->refuse;
+    wait_gone(g);
+    g->a.store.fail = false;
+    CHECK(g->a.store.n_refused == n_refused + g->refuse);
+    check_members(g);
+    if (g->grouped)
+        check_order(g);
+    co_mutex_lock(&g->writing);
+    check_bitmaps(g);
+    co_mutex_unlock(&g->writing);
+    sim_clear_faults(g->a.w->disk);
+    json_decref(list);
+}
+
+/* ------------------------------------------------------------------ the scenario */
+
+static void group_prepare(struct world *w, struct sim_config *cfg)
+{
+    (void)w;
+    cfg->latency_ns = 200000;
+}
+
+static co_fn void set_up(struct group_state *g, struct world *w)
+{
+    static const char *const nodes[] = {"d", "e", "f"}, *const names[] = {"p", "q", "r", "s"};
+    local_open(&g->a, w, w->inst, "a");
+    ref_init(&g->ref);
+    g->ref.node[0].b[0] =
+        (struct ref_bitmap){.name = "held", .shift = 16, .job = REF_HELD, .object = 1, .epoch = 1};
+    g->ref.node[0].n = g->ref.n_objects = g->ref.n_epochs = 1;
+    for (unsigned i = 0; i < 12; i++) {
+        json_t *a = bitmap_action("add", nodes[i / 4], names[i % 4]);
+        json_t *data = json_object_get(a, "data");
+        json_object_set_new(data, "granularity",
+                            json_integer(1 << (9 + chance_below(&w->chance, 10))));
+        CHECK(!local_command(&g->a, "block-dirty-bitmap-add", json_incref(data)));
+        CHECK(ref_play(&g->ref, a));
+        json_decref(a);
+    }
+    g->writing = (struct co_mutex)CO_MUTEX_INIT;
+    g->a.on_event = on_event;
+    g->a.on_event_arg = g;
+    g->a.store.yields = 2;
+}
+
+static co_fn void group_live(struct world *w)
+{
+    struct group_state *g = w->state;
+    set_up(g, w);
+    co_group_add(&g->writer_gone, 1);
+    CHECK(loop_spawn(io_loop(w->io, 0), writer_main, g) == 0);
+    for (unsigned i = 0; i < 12; i++)
+        one_round(g);
+    g->stop_writing = true;
+    co_group_wait(&g->writer_gone);
+    g->a.on_event = NULL;
+    local_reset(&g->a);
+    local_close(&g->a);
+}
+
+static void group_finish(struct world *w)
+{
+    (void)w;
+}
+
+static const struct scenario groups = {
+    .name = "groups",
+    .state_size = sizeof(struct group_state),
+    .n_seeds = 400,
+    .prepare = group_prepare,
+    .live = group_live,
+    .finish = group_finish,
+};
+
+int main(void)
+{
+    const struct scenario *all[] = {&groups};
+    return scenario_main(all, 1);
+}
