@@ -2,7 +2,8 @@
 /* Laws L6 and L7. One to three jobs made by one list, with bitmap actions of any kind around them;
  * guests write; and at any point of any job's life something happens to it: cancel (by either
  * command), pause and resume, finalize by hand, an error of its target, a record of the end that is
- * refused. Each point: as soon as the event of a status is heard, or a moment later.
+ * refused; or all of it goes well and memory runs out at the end. Each point: as soon as the event
+ * of a status is heard, or a moment later.
  *
  * At the end: the jobs of a group ended in one way, each once, their ends in order of creation with
  * nothing between; every bitmap moved or folded back, exactly (a model of sets knows); what jobs
@@ -10,6 +11,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "base/mem.h"
 #include "block/node.h"
 #include "block/tracker.h"
 #include "job/job.h"
@@ -45,6 +47,9 @@ struct group_state {
     struct member member[MAX_MEMBERS];
     unsigned n_members, round, n_rounds_well, n_rounds_bad;
     bool grouped, refuse;
+    /* An allocation of the end shall fail; it has been told to. */
+    bool starve, starving;
+    bool in_write;
     bool stop_writing;
     struct co_mutex writing; /* held: no write is under way */
     json_t *list;            /* being run */
@@ -61,8 +66,15 @@ static void writer_main(void *arg)
         struct ref_node *n = &g->ref.node[chance_below(dice, 3)];
         uint64_t len = 1 + chance_below(dice, 30000), off = chance_below(dice, n->size - len);
         co_mutex_lock(&g->writing);
+        if (g->starving) { /* not the guest's */
+            co_mutex_unlock(&g->writing);
+            io_sleep(1000000);
+            continue;
+        }
+        g->in_write = true;
         local_write(&g->a, n->name, off, len);
         ref_write(&g->ref, n->name, off, len);
+        g->in_write = false;
         co_mutex_unlock(&g->writing);
         io_sleep(chance_below(dice, 3000000));
     }
@@ -148,6 +160,10 @@ static void on_event(void *arg, const struct local_event *e)
     }
     if (m->by_hand && !strcmp(e->status, "pending"))
         spawn(g, finalize_main, m);
+    if (g->starve && g->grouped && !g->starving && !g->in_write && !strcmp(e->status, "pending")) {
+        g->starving = true;
+        mem_fail_after(1 + chance_below(&g->a.w->chance, 12));
+    }
 }
 
 /* ------------------------------------------------------------------ making a round */
@@ -182,10 +198,11 @@ static void choose_members(struct group_state *g)
                              .target = targets[k],
                              .bitmap = bitmaps[chance_below(dice, 4)],
                              .mode = (enum ref_mode)chance_below(dice, 3),
-                             .by_hand = chance_one_in(dice, 3),
+                             .by_hand = !g->starve && chance_one_in(dice, 3),
                              .g = g};
         snprintf(m->id, sizeof m->id, "j%u-%u", g->round % 1000, i);
-        plan_blow(g, m);
+        if (!g->starve)
+            plan_blow(g, m);
     }
 }
 
@@ -269,6 +286,7 @@ static void check_members(struct group_state *g)
                   m->n_null);
         CHECK(!g->grouped || m->well == g->member[0].well);
         CHECK(!g->refuse || !m->well);
+        CHECK_SAY(m->well || !g->starving || g->refuse, "job %s failed for want of memory", m->id);
         bad = bad || !m->well;
     }
     bad ? g->n_rounds_bad++ : g->n_rounds_well++;
@@ -317,9 +335,26 @@ static void check_partly(struct group_state *g, struct member *m)
         for (uint64_t o = off / copy * copy; !may && o < MIN(off / copy * copy + copy, n->size);
              o += UINT64_C(1) << r->shift)
             may = has_bit(r->bits, o >> r->shift);
-        CHECK_SAY(!is || may, "job %s made up a mark at %" PRIu64, m->id, off);
+        CHECK_SAY(!is || may || g->starving, "job %s made up a mark at %" PRIu64, m->id, off);
         if (is)
             r->late[i / 8] |= (uint8_t)(1u << i % 8); /* the model takes over which it was */
+    }
+}
+
+/* Without memory a bitmap may hold more than it should, never less. */
+static void take_over_more(struct group_state *g)
+{
+    for (unsigned i = 0; i < 3; i++) {
+        struct ref_node *n = &g->ref.node[i];
+        struct dirty_bitmap *b = node_bitmaps(graph_find(g->a.inst->graph, n->name));
+        for (unsigned k = 0; k < n->n; k++, b = b->next) {
+            for (uint64_t at = 0; at << n->b[k].shift < n->size; at++) {
+                bool is = bitmap_test(b->bits, at << n->b[k].shift);
+                CHECK_SAY(is || !has_bit(n->b[k].bits, at), "%s lost a mark", b->name);
+                if (is)
+                    n->b[k].bits[at / 8] |= (uint8_t)(1u << at % 8);
+            }
+        }
     }
 }
 
@@ -337,6 +372,9 @@ static void check_bitmaps(struct group_state *g)
             ref_end_job(&g->ref, j, m->well);
         }
     }
+    if (g->starving)
+        take_over_more(g);
+    g->starving = false;
     char *is = local_bitmaps(&g->a), *should = ref_text(&g->ref);
     bool same = !strcmp(is, should);
     if (!same)
@@ -370,6 +408,8 @@ static co_fn void one_round(struct group_state *g)
     struct chance *dice = &g->a.w->chance;
     json_t *list = json_array();
     g->round++;
+    g->starve = chance_one_in(dice, 6);
+    g->starving = false;
     choose_members(g);
     /* Only what is one group ends at one point, which the one record is for. */
     g->grouped = g->n_members == 1 || !chance_one_in(dice, 4);
@@ -388,6 +428,7 @@ static co_fn void one_round(struct group_state *g)
     CHECK_SAY(o.code == 0, "action %d: %s", o.failed, o.text);
     g->a.store.fail = g->refuse;
     wait_gone(g);
+    mem_fail_after(0);
     g->a.store.fail = false;
     CHECK(g->a.store.n_refused == n_refused + g->refuse);
     check_members(g);

@@ -398,7 +398,9 @@ static void tell_all(const struct scenario *story, unsigned number)
     bool cut;
     if (number_from_env("SIM_SEED", &seed))
         n = 1;
-    number_from_env("SIM_SEEDS", &n);
+    uint64_t least = n;
+    if (number_from_env("SIM_SEEDS", &n) && story->weight)
+        n = MAX(n / story->weight, MIN(n, least));
     clock_gettime(CLOCK_MONOTONIC, &a);
     for (uint64_t i = 0; i < n; i++, seed++) {
         uint64_t hash = tell(story, seed, &cut);

@@ -104,6 +104,7 @@ struct scenario {
     const char *name;
     size_t state_size;
     unsigned n_seeds;    /* when SIM_SEEDS says nothing */
+    unsigned weight;     /* a seed is as long as so many others: more than n_seeds are divided */
     unsigned cut_one_in; /* how many lives end in a power cut; 0 = none */
     uint64_t cut_steps;  /* at most after so many steps */
     void (*prepare)(struct world *w, struct sim_config *cfg);

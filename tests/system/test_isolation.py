@@ -18,6 +18,7 @@ from harness import DEADLINE, GiB, KiB, QmpError
 G = 4 * KiB
 DISKS = ['d0', 'd1', 'd2']
 WRITERS = 2  # with several requests in flight, for each disk
+QUOTA = 24  # writes of a writer in one epoch; then it waits until the next list is sent
 BITMAP = 'block-dirty-bitmap-'
 
 
@@ -30,9 +31,23 @@ class Story:
 
     def __init__(self):
         self.sent = self.done = 0  # the newest epoch that may, that must have begun
-        self.lock = threading.Lock()
+        self.lock, self.turn = threading.Lock(), threading.Condition()
         self.written, self.found, self.in_order = {}, {}, []
         self.stop, self.failures = threading.Event(), []
+
+    def begin(self, epoch):
+        """The list that begins this epoch is about to be sent: everybody writes again."""
+        with self.turn:
+            self.sent = epoch
+            self.turn.notify_all()
+
+    def end(self):
+        self.stop.set()
+        self.begin(self.sent + 1)
+
+    def wait_for_list(self, seen):
+        with self.turn:
+            assert self.turn.wait_for(lambda: self.sent != seen or self.stop.is_set(), DEADLINE)
 
     def harvest(self, disk, epoch, ranges):
         for offset, length in ranges:
@@ -68,9 +83,13 @@ def write_deep(uri, disk, first, step, depth=4):
                     story.written[disk, granule] = (since, story.sent)
                 return 1
             return note
-        for granule in itertools.count(first, step):
+        for n, granule in enumerate(itertools.count(first, step)):
             while h.aio_in_flight() >= depth:
                 h.poll(-1)
+            if n % QUOTA == QUOTA - 1:
+                while h.aio_in_flight():
+                    h.poll(-1)
+                story.wait_for_list(story.sent)
             if story.stop.is_set():
                 break
             h.aio_pwrite(data, granule * G, completion=ended(granule, story.done))
@@ -87,7 +106,9 @@ def write_in_turn(uris, first, step):
         for uri in uris:
             handles.append(nbd.NBD())
             handles[-1].connect_uri(uri)
-        for granule in itertools.count(first, step):
+        for n, granule in enumerate(itertools.count(first, step)):
+            if n % QUOTA == QUOTA - 1:
+                story.wait_for_list(story.sent)
             for disk, h in zip(DISKS, handles):
                 since = story.done
                 h.pwrite(bytes(G), granule * G)
@@ -124,7 +145,7 @@ def hand_over(d, story, epoch):
             lambda n: [act('copy', node=n, name='copy', bitmaps=[old], disabled=True), act('clear', node=n, name=old),
                        act('rename', node=n, name=old, **{'new-name': new}),
                        act('rename', node=n, name='copy', **{'new-name': old})]]
-    story.sent = epoch + 1
+    story.begin(epoch + 1)
     d.cmd('transaction', actions=[a for n in DISKS for a in ways[epoch % len(ways)](n)])
     story.done = epoch + 1
 
@@ -150,7 +171,7 @@ def check(story):
 
 
 def test_every_write_is_in_exactly_its_bitmap(tide, sanitized):
-    n = 300 if sanitized else 1000
+    n = 500 if sanitized else 1000
     story, threads = begin(tide)
     for epoch in range(n):
         fail(tide, epoch)
@@ -160,7 +181,7 @@ def test_every_write_is_in_exactly_its_bitmap(tide, sanitized):
         for disk in DISKS:
             story.harvest(disk, epoch, tide.ranges(disk, f'b{epoch}'))
             tide.cmd(BITMAP + 'remove', node=disk, name=f'b{epoch}')
-    story.stop.set()
+    story.end()
     for t in threads:
         t.join(DEADLINE)
     assert story.failures == [] and not any(t.is_alive() for t in threads)
