@@ -37,6 +37,7 @@ struct member {
     bool by_hand; /* auto-finalize: false */
     struct plan plan;
     unsigned n_ends, n_created, n_null;
+    uint64_t generation; /* of the bitmap, when the job began */
     bool well, cancelled, failed;
     struct group_state *g;
 };
@@ -316,6 +317,22 @@ static bool has_bit(const uint8_t *set, uint64_t i)
     return set[i / 8] >> i % 8 & 1;
 }
 
+static struct dirty_bitmap *bitmap_of(struct group_state *g, const struct member *m)
+{
+    struct dirty_bitmap *b;
+    struct tide_error err;
+    struct node *n = graph_find(g->a.inst->graph, m->node);
+    CHECK(dirty_bitmap_find(n, m->bitmap, 0, &b, &err) == 0);
+    return b;
+}
+
+/* One that moved covers less than before, and says so; one that folded back is what it was. */
+static void check_generation(struct group_state *g, struct member *m)
+{
+    bool moved = !g->refuse && (m->mode == REF_ALWAYS || (m->well && m->mode == REF_ON_SUCCESS));
+    CHECK(moved == (bitmap_of(g, m)->generation != m->generation));
+}
+
 /* A bitmap with mode always after a job that did not end well: what came since the job began and
  * what was not copied, in whole granules of the copy, but no more than there was. If the record of
  * that was refused: all that there was, too. */
@@ -323,9 +340,7 @@ static void check_partly(struct group_state *g, struct member *m)
 {
     struct ref_node *n = ref_node(&g->ref, m->node);
     struct ref_bitmap *r = ref_bitmap(n, m->bitmap);
-    struct dirty_bitmap *b;
-    struct tide_error err;
-    CHECK(dirty_bitmap_find(graph_find(g->a.inst->graph, m->node), m->bitmap, 0, &b, &err) == 0);
+    struct dirty_bitmap *b = bitmap_of(g, m);
     CHECK(!b->successor && !b->n_busy);
     for (uint64_t off = 0; off < n->size; off += UINT64_C(1) << r->shift) {
         uint64_t i = off >> r->shift, copy = MAX(UINT64_C(1) << r->shift, UINT64_C(65536));
@@ -367,6 +382,8 @@ static void check_bitmaps(struct group_state *g)
             struct ref_job *j = &g->ref.job[k];
             if (!j->used || strcmp(j->id, m->id))
                 continue;
+            if (m->bitmap)
+                check_generation(g, m);
             if (m->bitmap && j->mode == REF_ALWAYS && !m->well)
                 check_partly(g, m);
             ref_end_job(&g->ref, j, m->well);
@@ -399,8 +416,12 @@ static void on_step(void *arg, enum txn_step step, unsigned done)
 {
     struct group_state *g = arg;
     (void)done;
-    if (step == TXN_RECORDED)
-        CHECK(ref_play_list(&g->ref, g->list, g->grouped) < 0);
+    if (step != TXN_RECORDED)
+        return;
+    CHECK(ref_play_list(&g->ref, g->list, g->grouped) < 0);
+    for (unsigned i = 0; i < g->n_members; i++)
+        if (g->member[i].bitmap)
+            g->member[i].generation = bitmap_of(g, &g->member[i])->generation;
 }
 
 static co_fn void one_round(struct group_state *g)
