@@ -37,6 +37,7 @@ struct member {
     bool by_hand; /* auto-finalize: false */
     struct plan plan;
     unsigned n_ends, n_created, n_null;
+    uint64_t left;       /* bytes that it had not copied */
     uint64_t generation; /* of the bitmap, when the job began */
     bool well, cancelled, failed;
     struct group_state *g;
@@ -152,6 +153,7 @@ static void on_event(void *arg, const struct local_event *e)
         m->n_ends++;
         m->cancelled = !strcmp(e->name, "BLOCK_JOB_CANCELLED");
         m->failed = e->error;
+        m->left = e->len - e->offset;
         m->well = !m->cancelled && !m->failed;
     }
     if (m->plan.blow && m->plan.blow != TARGET_ERROR && !m->plan.struck &&
@@ -333,6 +335,20 @@ static void check_generation(struct group_state *g, struct member *m)
     CHECK(moved == (bitmap_of(g, m)->generation != m->generation));
 }
 
+/* All that was not copied is still marked. */
+static void check_rest(const struct ref_node *n, const struct dirty_bitmap *b,
+                       const struct member *m)
+{
+    uint64_t marked = 0, off, len;
+    for (uint64_t at = 0; at < n->size; at += 65536) {
+        uint64_t end = MIN(at + 65536, n->size);
+        marked += bitmap_next_dirty(b->bits, at, end, &off, &len) ? end - at : 0;
+    }
+    CHECK_SAY(marked >= m->left,
+              "job %s did not copy %" PRIu64 " bytes, and %" PRIu64 " are marked", m->id, m->left,
+              marked);
+}
+
 /* A bitmap with mode always after a job that did not end well: what came since the job began and
  * what was not copied, in whole granules of the copy, but no more than there was. If the record of
  * that was refused: all that there was, too. */
@@ -354,6 +370,7 @@ static void check_partly(struct group_state *g, struct member *m)
         if (is)
             r->late[i / 8] |= (uint8_t)(1u << i % 8); /* the model takes over which it was */
     }
+    check_rest(n, b, m);
 }
 
 /* Without memory a bitmap may hold more than it should, never less. */

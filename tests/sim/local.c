@@ -40,6 +40,8 @@ static void hear(struct event_sink *s, json_t *event)
     copy_text(e->id, sizeof e->id, id ? id : json_object_get(data, "device"));
     copy_text(e->status, sizeof e->status, json_object_get(data, "status"));
     e->error = json_object_get(data, "error") != NULL;
+    e->len = (uint64_t)json_integer_value(json_object_get(data, "len"));
+    e->offset = (uint64_t)json_integer_value(json_object_get(data, "offset"));
     io_event_set(&l->heard);
     if (l->on_event)
         l->on_event(l->on_event_arg, e);

@@ -14,6 +14,7 @@ struct root;
 struct local_event {
     char name[24], id[16], status[16];
     bool error;
+    uint64_t len, offset; /* of a job's end: bytes to copy, and copied */
 };
 #define LOCAL_EVENTS 1024u
 
