@@ -206,9 +206,19 @@ static void writes_children(struct footprint *f, const char *node, unsigned dept
     }
 }
 
+/* They go with it. (Those that the list itself adds are named by that.) */
+static void writes_bitmaps_of(struct footprint *f, const char *node)
+{
+    const struct footprint_lookup *l = f->lookup;
+    const char *name;
+    for (unsigned i = 0; l && (name = l->node_bitmap(l->arg, node, i)); i++)
+        writes_bitmap(f, node, name);
+}
+
 static void del_footprint(const struct q_blockdev_del *a, struct footprint *f)
 {
     writes(f, STORE_NODE, a->node_name, NULL);
+    writes_bitmaps_of(f, a->node_name);
     if (f->lookup)
         writes_children(f, a->node_name, CHILDREN_DEPTH);
     else

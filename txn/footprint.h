@@ -33,6 +33,8 @@ struct footprint_lookup {
     const char *(*export_node)(void *arg, const char *export_id);
     /* The i-th child of a node; NULL: no more. */
     const char *(*node_child)(void *arg, const char *node, unsigned i);
+    /* The name of its i-th bitmap; NULL: no more. */
+    const char *(*node_bitmap)(void *arg, const char *node, unsigned i);
     void *arg;
 };
 

@@ -18,6 +18,7 @@
 #include "base/mem.h"
 #include "block/node.h"
 #include "block/root.h"
+#include "block/tracker.h"
 #include "export/export.h"
 #include "io/io.h"
 #include "job/job.h"
@@ -243,9 +244,19 @@ static const char *child_of_node(void *arg, const char *name, unsigned i)
     return c ? node_name(c) : NULL;
 }
 
+static const char *bitmap_of_node(void *arg, const char *name, unsigned i)
+{
+    const struct txn_env *env = arg;
+    struct node *n = graph_find(env->graph, name);
+    struct dirty_bitmap *b = n ? node_bitmaps(n) : NULL;
+    while (b && i--)
+        b = b->next;
+    return b ? b->name : NULL;
+}
+
 struct footprint_lookup txn_lookup(const struct txn_env *env)
 {
-    return (struct footprint_lookup){node_of_export, child_of_node, (void *)env};
+    return (struct footprint_lookup){node_of_export, child_of_node, bitmap_of_node, (void *)env};
 }
 
 /* What the list names, all of it before anything happens. */
