@@ -123,6 +123,8 @@ static void put(struct looking *l, enum store_kind kind, const char *a, const ch
 static void put_node(void *arg, struct node *n)
 {
     struct looking *l = arg;
+    if (node_name(n)[0] == '#' || !node_name(n)[0])
+        return; /* part of a job or of the node above it */
     put(l, STORE_NODE, node_name(n), NULL);
     for (struct dirty_bitmap *b = node_bitmaps(n); b; b = b->next)
         for (enum store_kind k = STORE_BITMAP; k <= STORE_BITMAP_STATE; k++)

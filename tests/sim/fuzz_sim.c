@@ -50,6 +50,8 @@ static void check_generations(struct fuzz *z)
 {
     for (unsigned i = 0; i < REF_NODES; i++) {
         struct ref_node *rn = &z->ref.node[i];
+        if (!rn->used)
+            continue;
         struct dirty_bitmap *b = node_bitmaps(graph_find(z->a.inst->graph, rn->name));
         for (unsigned k = 0; k < rn->n; k++, b = b->next) {
             unsigned epoch = rn->b[k].epoch;
@@ -115,12 +117,6 @@ static co_fn void begin_anew(struct fuzz *z)
     local_reset(&z->b);
     ref_init(&z->ref);
     memset(z->generation, 0, sizeof z->generation);
-    z->ref.node[0].b[0] = (struct ref_bitmap){.name = "held",
-                                              .shift = 16,
-                                              .job = REF_HELD,
-                                              .object = ++z->ref.n_objects,
-                                              .epoch = ++z->ref.n_epochs};
-    z->ref.node[0].n = 1;
     z->fresh = false;
     for (uint64_t i = 2 + chance_below(&z->a.w->chance, 6); i-- > 0;) {
         struct ref_maker m = maker(z, &z->ref, false);
@@ -156,12 +152,38 @@ static co_fn int one_by_one(struct local *l, json_t *list, char **text)
     return -1;
 }
 
+/* But for the names of files and the numbers of nodes without a name, which are each daemon's own.
+ */
+static bool same_words(const char *a, const char *b)
+{
+    for (; *a && *b; a++, b++) {
+        if (*a != *b && !(*a == 'A' && *b == 'B' && a[1] == '-'))
+            return false;
+        if (!strncmp(a, "#block", 6)) {
+            a += 5 + strspn(a + 6, "0123456789");
+            b += 5 + strspn(b + 6, "0123456789");
+        }
+    }
+    return *a == *b;
+}
+
+static bool makes_files(json_t *list)
+{
+    json_t *a;
+    size_t i;
+    json_array_foreach (list, i, a)
+        if (!strcmp(json_string_value(json_object_get(a, "type")), "drive-backup"))
+            return true;
+    return false;
+}
+
 static void check_dry(struct fuzz *z, json_t *list, bool grouped, int failed)
 {
     char *before = local_whole(&z->a);
     struct local_props props = {.grouped = grouped, .dry_run = true};
     struct local_outcome o = local_run(&z->a, list, &props);
-    CHECK(o.failed == failed && (o.code < 0) == (failed >= 0));
+    /* A dry run does not make files, so it cannot see that it would. */
+    CHECK(makes_files(list) || (o.failed == failed && (o.code < 0) == (failed >= 0)));
     check_equal(before, local_whole(&z->a), "before and after a dry run");
 }
 
@@ -225,6 +247,7 @@ static co_fn void one_list(struct fuzz *z)
         check_dry(z, list, grouped, failed);
     char *before = local_whole(&z->a), *text = NULL;
     struct local_outcome o = local_run(&z->a, list, &(struct local_props){.grouped = grouped});
+    char *after = local_whole(&z->a);
     int plain = one_by_one(&z->b, list, &text);
     if (o.failed != failed || plain != failed)
         json_dumpf(list, stderr, 0);
@@ -233,13 +256,14 @@ static co_fn void one_list(struct fuzz *z)
               plain, text ? text : "");
     z->n_lists++;
     if (failed >= 0) {
-        CHECK_SAY(!text || !strcmp(text, o.text), "'%s' but '%s'", o.text, text);
-        check_equal(before, local_whole(&z->a), "before and after a list that failed");
+        CHECK_SAY(!text || same_words(o.text, text), "'%s' but '%s'", o.text, text);
+        check_equal(before, after, "before and after a list that failed");
         check_generations(z);
         z->fresh = true;
         z->n_failed++;
     } else {
         free(before);
+        free(after);
         after_success(z);
     }
     free(text);
@@ -261,8 +285,8 @@ static co_fn void fuzz_live(struct world *w)
     struct tide_error err = {0};
     CHECK_SAY(instance_new(w->io, &other, &err) == 0, "%s", err.msg);
     CHECK(instance_open(other, &err) == 0);
-    local_open(&z->a, w, w->inst, "a");
-    local_open(&z->b, w, other, "b");
+    local_open(&z->a, w, w->inst, "A");
+    local_open(&z->b, w, other, "B");
     z->fresh = true;
     for (unsigned i = 0; i < LISTS; i++)
         one_list(z);

@@ -492,9 +492,6 @@ static co_fn void set_up(struct group_state *g, struct world *w)
     static const char *const nodes[] = {"d", "e", "f"}, *const names[] = {"p", "q", "r", "s"};
     local_open(&g->a, w, w->inst, "a");
     ref_init(&g->ref);
-    g->ref.node[0].b[0] =
-        (struct ref_bitmap){.name = "held", .shift = 16, .job = REF_HELD, .object = 1, .epoch = 1};
-    g->ref.node[0].n = g->ref.n_objects = g->ref.n_epochs = 1;
     for (unsigned i = 0; i < 12; i++) {
         json_t *a = bitmap_action("add", nodes[i / 4], names[i % 4]);
         json_t *data = json_object_get(a, "data");

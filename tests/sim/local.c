@@ -83,8 +83,31 @@ static const struct store_ops slow_ops = {slow_write_record, slow_find, slow_fre
 
 /* ------------------------------------------------------------------ commands */
 
-static co_fn json_t *dispatch(struct local *l, const char *name, json_t *args)
+/* Each string "@x" becomes "WHO-x". */
+static json_t *localised(const struct local *l, json_t *v)
 {
+    const char *s = json_string_value(v), *key;
+    json_t *member, *copy;
+    char path[40];
+    size_t i;
+    if (s && s[0] == '@') {
+        snprintf(path, sizeof path, "%s-%s", l->who, s + 1);
+        return json_string(path);
+    }
+    if (!json_is_object(v) && !json_is_array(v))
+        return json_incref(v);
+    copy = json_is_object(v) ? json_object() : json_array();
+    json_object_foreach (v, key, member)
+        json_object_set_new(copy, key, localised(l, member));
+    json_array_foreach (v, i, member)
+        json_array_append_new(copy, localised(l, member));
+    return copy;
+}
+
+static co_fn json_t *dispatch(struct local *l, const char *name, json_t *given)
+{
+    json_t *args = localised(l, given);
+    json_decref(given);
     bool negotiated = true, oob = false;
     json_t *request = json_pack("{s:s,s:o}", "execute", name, "arguments", args);
     CHECK(request);
@@ -137,8 +160,12 @@ struct local_outcome local_run(struct local *l, json_t *actions, const struct lo
     struct txn_result res;
     struct tide_error err = {0};
     void *parsed;
-    json_t *args = json_pack("{s:O}", "actions", actions);
+    json_t *args = json_pack("{s:o}", "actions", localised(l, actions));
     CHECK(args);
+    if (getenv("SIM_QMP")) {
+        json_dumpf(args, stderr, 0);
+        fputc('\n', stderr);
+    }
     int r = schema_parse(type_of_transaction(), args, &arena, 0, &parsed, &err);
     CHECK_SAY(r == 0, "%s", err.msg);
     const struct q_transaction *t = parsed;
@@ -182,6 +209,15 @@ static co_fn void add_disk(struct local *l, const char *name, uint64_t size)
          json_pack("{s:s,s:s,s:s}", "driver", "file", "node-name", name, "filename", file));
 }
 
+static co_fn void hold(struct local *l)
+{
+    must(l, "block-dirty-bitmap-add",
+         json_pack("{s:s,s:s,s:b}", "node", "d", "name", "held", "disabled", 1));
+    must(l, "block-export-add",
+         json_pack("{s:s,s:s,s:s,s:s,s:[s]}", "type", "nbd", "id", "hold", "name", "hold",
+                   "node-name", "d", "bitmaps", "held"));
+}
+
 void local_open(struct local *l, struct world *w, struct instance *inst, const char *who)
 {
     struct ref *r = malloc(sizeof *r);
@@ -196,7 +232,7 @@ void local_open(struct local *l, struct world *w, struct instance *inst, const c
     inst->txn.store = &l->store.store;
     jobs_set_store(inst->jobs, &l->store.store);
     ref_init(r);
-    for (unsigned i = 0; i < REF_NODES; i++)
+    for (unsigned i = 0; i < REF_ADDED; i++)
         add_disk(l, r->node[i].name, r->node[i].size);
     for (unsigned i = 0; i < 3; i++)
         CHECK_SAY(root_new(graph_find(inst->graph, r->node[i].name), ROOT_READ | ROOT_WRITE,
@@ -206,11 +242,9 @@ void local_open(struct local *l, struct world *w, struct instance *inst, const c
     snprintf(path, sizeof path, "/%s-nbd", who);
     must(l, "nbd-server-start",
          json_pack("{s:{s:s,s:{s:s}}}", "addr", "type", "unix", "data", "path", path));
-    must(l, "block-dirty-bitmap-add",
-         json_pack("{s:s,s:s,s:b}", "node", "d", "name", "held", "disabled", 1));
-    must(l, "block-export-add",
-         json_pack("{s:s,s:s,s:s,s:[s]}", "type", "nbd", "id", "hold", "node-name", "d", "bitmaps",
-                   "held"));
+    snprintf(path, sizeof path, "%s-spare", who);
+    CHECK(sim_file_write(w->disk, path, "", 1, REF_SMALL - 1) == 0);
+    hold(l);
 }
 
 void local_close(struct local *l)
@@ -279,23 +313,43 @@ static co_fn void end_jobs(struct local *l)
     local_wait_jobs(l, "none is left");
 }
 
-void local_reset(struct local *l)
+static co_fn void end_exports(struct local *l)
 {
-    json_t *nodes, *node, *bm;
+    json_t *rows = exports_query(l->inst->exports), *row;
+    size_t i;
+    json_array_foreach (rows, i, row)
+        must(l, "block-export-del",
+             json_pack("{s:O,s:s}", "id", json_object_get(row, "id"), "mode", "hard"));
+    json_decref(rows);
+}
+
+static co_fn void end_bitmaps(struct local *l)
+{
+    json_t *nodes = local_get(l, "query-named-block-nodes", json_object()), *node, *bm;
     size_t i, k;
-    end_jobs(l);
-    nodes = local_get(l, "query-named-block-nodes", json_object());
     json_array_foreach (nodes, i, node) {
-        json_array_foreach (json_object_get(node, "dirty-bitmaps"), k, bm) {
-            const char *name = json_string_value(json_object_get(bm, "name"));
-            const char *on = json_string_value(json_object_get(node, "node-name"));
-            if (strcmp(name, "held") || strcmp(on, "d"))
-                must(l, "block-dirty-bitmap-remove",
-                     json_pack("{s:O,s:O}", "node", json_object_get(node, "node-name"), "name",
-                               json_object_get(bm, "name")));
-        }
+        json_array_foreach (json_object_get(node, "dirty-bitmaps"), k, bm)
+            must(l, "block-dirty-bitmap-remove",
+                 json_pack("{s:O,s:O}", "node", json_object_get(node, "node-name"), "name",
+                           json_object_get(bm, "name")));
     }
     json_decref(nodes);
+}
+
+void local_reset(struct local *l)
+{
+    char file[24];
+    end_jobs(l);
+    end_exports(l);
+    end_bitmaps(l);
+    for (unsigned i = REF_ADDED; i < REF_NODES; i++)
+        if (graph_find(l->inst->graph, ref_node_name(i)))
+            must(l, "blockdev-del", json_pack("{s:s}", "node-name", ref_node_name(i)));
+    for (unsigned i = 0; i < REF_FILES; i++) {
+        snprintf(file, sizeof file, "%s-x%u", l->who, i);
+        sim_file_remove(l->w->disk, file);
+    }
+    hold(l);
     local_forget_events(l);
 }
 
@@ -320,34 +374,42 @@ static void say_bitmap(FILE *f, const struct dirty_bitmap *b)
     fputc('\n', f);
 }
 
-static void say_job_ids(struct local *l, FILE *f)
+static void say_owners(struct local *l, FILE *f)
 {
-    json_t *rows = jobs_query(l->inst->jobs), *row;
-    const char *id[REF_JOBS];
+    json_t *jobs = jobs_query(l->inst->jobs), *exports = exports_query(l->inst->exports), *row;
+    const char *id[REF_JOBS + REF_EXPORTS];
+    char line[REF_EXPORTS][40];
     unsigned n = 0;
     size_t i;
-    json_array_foreach (rows, i, row) {
-        CHECK(n < REF_JOBS);
+    CHECK(json_array_size(jobs) <= REF_JOBS && json_array_size(exports) <= REF_EXPORTS);
+    json_array_foreach (jobs, i, row)
         id[n++] = json_string_value(json_object_get(row, "id"));
+    json_array_foreach (exports, i, row) {
+        snprintf(line[i], sizeof line[i], "export %s of %s",
+                 json_string_value(json_object_get(row, "id")),
+                 json_string_value(json_object_get(row, "node-name")));
+        id[n++] = line[i];
     }
-    ref_say_jobs(f, id, n);
-    json_decref(rows);
+    ref_say_owners(f, id, n);
+    json_decref(jobs);
+    json_decref(exports);
 }
 
 char *local_bitmaps(struct local *l)
 {
-    static const char *const names[REF_NODES] = {"d", "e", "f", "td", "te", "tf"};
     char *text = NULL;
     size_t len;
     FILE *f = open_memstream(&text, &len);
     CHECK(f);
     for (unsigned i = 0; i < REF_NODES; i++) {
-        struct node *n = graph_find(l->inst->graph, names[i]);
-        fprintf(f, "node %s%s\n", names[i], node_written_alone_by(n) ? " is a target" : "");
+        struct node *n = graph_find(l->inst->graph, ref_node_name(i));
+        if (!n)
+            continue;
+        fprintf(f, "node %s%s\n", ref_node_name(i), node_written_alone_by(n) ? " is a target" : "");
         for (struct dirty_bitmap *b = node_bitmaps(n); b; b = b->next)
             say_bitmap(f, b);
     }
-    say_job_ids(l, f);
+    say_owners(l, f);
     fclose(f);
     return text;
 }
@@ -392,6 +454,37 @@ char *local_whole_memory(struct local *l)
     FILE *f = open_memstream(&text, &len);
     CHECK(f);
     say_memory(l, f);
+    fclose(f);
+    return text;
+}
+
+static void say_file(struct local *l, FILE *f, const char *name)
+{
+    static uint8_t data[REF_BIG];
+    char path[24];
+    uint64_t sum = 0;
+    snprintf(path, sizeof path, "%s-%s", l->who, name);
+    int64_t size = sim_file_size(l->w->disk, path);
+    ssize_t n = size > 0 ? sim_file_read(l->w->disk, path, data, sizeof data, 0) : 0;
+    for (ssize_t i = 0; i + 8 <= n; i += 8) {
+        uint64_t word;
+        memcpy(&word, data + i, sizeof word);
+        sum = sum * 31 + word;
+    }
+    fprintf(f, "file %s size %" PRId64 " sum %016" PRIx64 "\n", name, size < 0 ? -1 : size, sum);
+}
+
+char *local_whole_files(struct local *l)
+{
+    char *text = NULL, name[16];
+    size_t len;
+    FILE *f = open_memstream(&text, &len);
+    CHECK(f);
+    say_memory(l, f);
+    for (unsigned i = 0; i < REF_FILES; i++) {
+        snprintf(name, sizeof name, "x%u", i);
+        say_file(l, f, name);
+    }
     fclose(f);
     return text;
 }

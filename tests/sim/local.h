@@ -82,5 +82,8 @@ char *local_bitmaps(struct local *l);
  * what is on the disk. Equal texts, equal states. Not a co_fn, takes nothing from base/mem.h.
  * Owned (free). */
 char *local_whole(struct local *l);
+/* The same, but of the disk only the files that lists name: what stands there for a time under a
+ * name of its own is left out. */
+char *local_whole_files(struct local *l);
 /* The same without the disk, for when others write there. */
 char *local_whole_memory(struct local *l);

@@ -18,19 +18,30 @@ static void put(uint8_t *set, uint64_t g)
 
 void ref_init(struct ref *r)
 {
-    static const char *const names[REF_NODES] = {"d", "e", "f", "td", "te", "tf"};
     memset(r, 0, sizeof *r);
     for (unsigned i = 0; i < REF_NODES; i++) {
-        r->node[i].name = names[i];
+        r->node[i].name = ref_node_name(i);
         r->node[i].size = i % 3 == 2 ? REF_SMALL : REF_BIG;
         r->node[i].guests = i < 3;
+        r->node[i].used = i < REF_ADDED;
     }
+    r->node[0].n = r->n_objects = r->n_epochs = 1;
+    r->node[0].b[0] =
+        (struct ref_bitmap){.name = "held", .shift = 16, .job = REF_HELD, .object = 1, .epoch = 1};
+    r->export[0] = (struct ref_export){.used = true, .id = "hold", .object = 1};
+}
+
+const char *ref_node_name(unsigned i)
+{
+    static const char *const names[REF_NODES] = {"d",  "e",  "f",  "td", "te", "tf",
+                                                 "n0", "n1", "n2", "n3", "n4", "n5"};
+    return names[i];
 }
 
 struct ref_node *ref_node(struct ref *r, const char *name)
 {
     for (unsigned i = 0; name && i < REF_NODES; i++)
-        if (!strcmp(r->node[i].name, name))
+        if (r->node[i].used && !strcmp(r->node[i].name, name))
             return &r->node[i];
     return NULL;
 }
@@ -68,15 +79,15 @@ void ref_end_job(struct ref *r, struct ref_job *j, bool well)
         memset(b->late, 0, sizeof b->late);
         b->job = 0;
     }
-    r->node[j->target].target_of = 0;
+    if (j->target >= 0)
+        r->node[j->target].target_of = 0;
     *j = (struct ref_job){0};
 }
 
 /* ------------------------------------------------------------------ lists */
 
-static const struct ref_kind *kind_of(json_t *action)
+const struct ref_kind *ref_kind(const char *type)
 {
-    const char *type = json_string_value(json_object_get(action, "type"));
     for (unsigned i = 0; i < n_ref_kinds; i++)
         if (!strcmp(ref_kinds[i].type, type))
             return &ref_kinds[i];
@@ -108,7 +119,8 @@ json_t *ref_make_any(struct ref_maker *m)
 
 bool ref_play(struct ref *r, json_t *action)
 {
-    return kind_of(action)->play(r, json_object_get(action, "data"));
+    return ref_kind(json_string_value(json_object_get(action, "type")))
+        ->play(r, json_object_get(action, "data"));
 }
 
 int ref_play_list(struct ref *r, json_t *actions, bool grouped)
@@ -151,23 +163,26 @@ static int by_name(const void *a, const void *b)
     return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
-void ref_say_jobs(FILE *f, const char **id, unsigned n)
+void ref_say_owners(FILE *f, const char **id, unsigned n)
 {
     qsort(id, n, sizeof *id, by_name);
     for (unsigned i = 0; i < n; i++)
-        fprintf(f, "job %s\n", id[i]);
+        fprintf(f, "%s\n", id[i]);
 }
 
 char *ref_text(struct ref *r)
 {
     char *text = NULL;
-    const char *id[REF_JOBS];
+    const char *id[REF_JOBS + REF_EXPORTS];
     unsigned n_ids = 0;
+    char line[REF_EXPORTS][40];
     size_t len;
     FILE *f = open_memstream(&text, &len);
     CHECK(f);
     for (unsigned i = 0; i < REF_NODES; i++) {
         struct ref_node *n = &r->node[i];
+        if (!n->used)
+            continue;
         fprintf(f, "node %s%s\n", n->name, n->target_of ? " is a target" : "");
         for (unsigned k = 0; k < n->n; k++) {
             struct ref_bitmap *b = &n->b[k];
@@ -184,7 +199,13 @@ char *ref_text(struct ref *r)
     for (unsigned i = 0; i < REF_JOBS; i++)
         if (r->job[i].used)
             id[n_ids++] = r->job[i].id;
-    ref_say_jobs(f, id, n_ids);
+    for (unsigned i = 0; i < REF_EXPORTS; i++) {
+        const struct ref_export *e = &r->export[i];
+        snprintf(line[i], sizeof line[i], "export %s of %s", e->id, r->node[e->node].name);
+        if (e->used)
+            id[n_ids++] = line[i];
+    }
+    ref_say_owners(f, id, n_ids);
     fclose(f);
     return text;
 }

@@ -8,7 +8,10 @@
 #pragma once
 #include "world.h"
 
-#define REF_NODES 6u
+#define REF_NODES 12u
+#define REF_ADDED 6u /* the first that lists may add and delete */
+#define REF_EXPORTS 7u
+#define REF_FILES 4u    /* that drive-backup may make */
 #define REF_BITMAPS 12u /* of a node */
 #define REF_JOBS 12u
 #define REF_BIG (1048576u + 512u) /* bytes of the big disks; not a multiple of most granules */
@@ -30,6 +33,7 @@ struct ref_bitmap {
 struct ref_node {
     const char *name;
     uint64_t size;
+    bool used, read_only;
     bool guests; /* they may write to it: it can be no target */
     unsigned n;
     struct ref_bitmap b[REF_BITMAPS]; /* newest first */
@@ -39,21 +43,34 @@ struct ref_node {
 struct ref_job {
     bool used;
     char id[16];
-    int node, target;
-    char bitmap[16]; /* or empty */
+    int node, target; /* target -1: a file */
+    int file;         /* -1: none */
+    char bitmap[16];  /* or empty */
     enum ref_mode { REF_ON_SUCCESS, REF_NEVER, REF_ALWAYS } mode;
     unsigned group; /* 0: alone */
 };
 
+struct ref_export {
+    bool used, writable;
+    char id[12];
+    int node;
+    unsigned object; /* the bitmap that it holds, 0: none */
+};
+
 struct ref {
     struct ref_node node[REF_NODES];
+    struct ref_export export[REF_EXPORTS];
+    uint64_t file[REF_FILES]; /* size, 0: not there */
     struct ref_job job[REF_JOBS];
     unsigned n_objects, n_epochs, n_groups, n_job_ids;
     unsigned group; /* of the list being played; 0: not grouped */
 };
 
-/* The nodes: d, e (big) and f (small) are written by guests; td, te, tf are their targets. */
+/* The nodes: d, e (big) and f (small) are written by guests; td, te, tf are their targets; n0 to n5
+ * come and go. Bitmap `held` on d is held by export `hold`. A string that begins with '@' is the
+ * name of a file, to which each daemon gives a beginning of its own. */
 void ref_init(struct ref *r);
+const char *ref_node_name(unsigned i);
 struct ref_node *ref_node(struct ref *r, const char *name);
 struct ref_bitmap *ref_bitmap(struct ref_node *n, const char *name);
 /* A guest writes. */
@@ -65,6 +82,7 @@ struct ref_maker {
     struct chance *dice;
     struct ref *r;
     bool careless; /* what fails is welcome */
+    bool no_added; /* leave nodes alone that lists added */
 };
 struct ref_kind {
     const char *type;
@@ -77,6 +95,7 @@ struct ref_kind {
 extern const struct ref_kind ref_kinds[];
 extern const unsigned n_ref_kinds;
 
+const struct ref_kind *ref_kind(const char *type);
 /* {type, data}. NULL as make. */
 json_t *ref_make(struct ref_maker *m, const struct ref_kind *k);
 json_t *ref_make_any(struct ref_maker *m); /* by weight; of careless ones also abort */
@@ -87,5 +106,5 @@ int ref_play_list(struct ref *r, json_t *actions, bool grouped);
 /* All that a client may see of the bitmaps and who owns what, as text in the form of
  * local_bitmaps(). Owned (free). */
 char *ref_text(struct ref *r);
-/* The lines about jobs, sorted. */
-void ref_say_jobs(FILE *f, const char **id, unsigned n);
+/* The lines about jobs and exports, sorted. */
+void ref_say_owners(FILE *f, const char **id, unsigned n);

@@ -47,6 +47,9 @@ static const char *any_node(struct ref_maker *m)
 {
     if (m->careless && chance_one_in(m->dice, 40))
         return "zz";
+    unsigned added = REF_ADDED + (unsigned)chance_below(m->dice, REF_NODES - REF_ADDED);
+    if (!m->no_added && m->r->node[added].used && chance_one_in(m->dice, 5))
+        return ref_node_name(added);
     return node_names[chance_below(m->dice, 9) / 4 % 3];
 }
 
@@ -367,10 +370,19 @@ static bool play_copy(struct ref *r, json_t *data)
 
 /* ------------------------------------------------------------------ jobs */
 
+static bool written_by_export(const struct ref *r, int node)
+{
+    for (unsigned i = 0; i < REF_EXPORTS; i++)
+        if (r->export[i].used && r->export[i].writable && r->export[i].node == node)
+            return true;
+    return false;
+}
+
 static int free_target(struct ref_maker *m, int node)
 {
     for (int t = 3; t < (int)REF_NODES; t++)
-        if (m->r->node[t].size == m->r->node[node].size && !m->r->node[t].target_of)
+        if (t < (int)REF_ADDED && m->r->node[t].size == m->r->node[node].size &&
+            !m->r->node[t].target_of && !written_by_export(m->r, t))
             return t;
     return -1;
 }
@@ -418,7 +430,7 @@ static json_t *make_backup(struct ref_maker *m)
     if (!has_free_job(m->r) || (target < 0 && !m->careless))
         return NULL;
     if (target < 0 || odd)
-        target = (int)chance_below(m->dice, REF_NODES);
+        target = (int)chance_below(m->dice, REF_ADDED);
     snprintf(id, sizeof id, "j%u", m->r->n_job_ids++);
     if (m->careless && chance_one_in(m->dice, 15))
         snprintf(id, sizeof id, "%s", chance_one_in(m->dice, 2) ? "0bad" : "j0");
@@ -452,33 +464,167 @@ static bool job_id_is_free(struct ref *r, const char *id)
     return true;
 }
 
-static bool play_backup(struct ref *r, json_t *data)
+/* Its place in r->job. */
+static unsigned new_job(struct ref *r, struct ref_node *n, struct ref_bitmap *b, json_t *data)
 {
-    struct ref_node *n = ref_node(r, text(data, "device")), *t = ref_node(r, text(data, "target"));
-    const char *name = text(data, "bitmap"), *mode = text(data, "bitmap-mode");
-    struct ref_bitmap *b = name && n ? usable(r, n->name, name) : NULL;
+    const char *mode = text(data, "bitmap-mode");
     unsigned i = 0;
-    if (!n || !t || n == t || n->size != t->size || t->guests || t->target_of || n->target_of)
-        return false;
-    if (!mode_fits(data) || (name && !b) || !job_id_is_free(r, text(data, "job-id")))
-        return false;
     while (r->job[i].used)
         CHECK(++i < REF_JOBS);
     struct ref_job *j = &r->job[i];
     *j = (struct ref_job){.used = true,
                           .node = (int)(n - r->node),
-                          .target = (int)(t - r->node),
+                          .target = -1,
+                          .file = -1,
                           .mode = !mode || mode[0] == 'o' ? REF_ON_SUCCESS
                                   : mode[0] == 'n'        ? REF_NEVER
                                                           : REF_ALWAYS,
                           .group = r->group};
     snprintf(j->id, sizeof j->id, "%s", text(data, "job-id"));
-    snprintf(j->bitmap, sizeof j->bitmap, "%s", name ? name : "");
-    t->target_of = (int)i + 1;
+    snprintf(j->bitmap, sizeof j->bitmap, "%s", b ? b->name : "");
     if (b) {
         b->job = (int)i + 1;
         memset(b->late, 0, sizeof b->late);
     }
+    return i;
+}
+
+static bool play_backup(struct ref *r, json_t *data)
+{
+    struct ref_node *n = ref_node(r, text(data, "device")), *t = ref_node(r, text(data, "target"));
+    const char *name = text(data, "bitmap");
+    struct ref_bitmap *b = name && n ? usable(r, n->name, name) : NULL;
+    unsigned i;
+    if (!n || !t || n == t || n->size != t->size || t->guests || t->target_of || n->target_of ||
+        written_by_export(r, (int)(t - r->node)))
+        return false;
+    if (!mode_fits(data) || (name && !b) || !job_id_is_free(r, text(data, "job-id")))
+        return false;
+    i = new_job(r, n, b, data);
+    r->job[i].target = (int)(t - r->node);
+    t->target_of = (int)i + 1;
+    return true;
+}
+
+/* ------------------------------------------------------------------ jobs to files */
+
+static bool file_is_busy(const struct ref *r, int file)
+{
+    for (unsigned i = 0; i < REF_JOBS; i++)
+        if (r->job[i].used && r->job[i].file == file)
+            return true;
+    return false;
+}
+
+static json_t *make_drive_backup(struct ref_maker *m)
+{
+    int node = (int)chance_below(m->dice, 3), file = -1;
+    uint64_t size = m->r->node[node].size;
+    bool existing = chance_one_in(m->dice, 2);
+    char id[16], path[16];
+    unsigned seen = 0;
+    for (int i = 0; i < (int)REF_FILES; i++)
+        if (!file_is_busy(m->r, i) && chance_below(m->dice, ++seen) == 0)
+            file = i;
+    if (m->careless && chance_one_in(m->dice, 5))
+        file = (int)chance_below(m->dice, REF_FILES);
+    if (file < 0 || !has_free_job(m->r))
+        return NULL;
+    if (m->r->file[file] != size && !(m->careless && chance_one_in(m->dice, 5)))
+        existing = false;
+    snprintf(id, sizeof id, "j%u", m->r->n_job_ids++);
+    snprintf(path, sizeof path, "@x%d", file);
+    json_t *data =
+        json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:b,s:b}", "job-id", id, "device",
+                  m->r->node[node].name, "target", path, "sync", "full", "format", "raw", "mode",
+                  existing ? "existing" : "absolute-paths", "auto-finalize", 0, "auto-dismiss", 1);
+    add_bitmap_mode(m, node, data);
+    return data;
+}
+
+static bool play_drive_backup(struct ref *r, json_t *data)
+{
+    struct ref_node *n = ref_node(r, text(data, "device"));
+    const char *name = text(data, "bitmap");
+    struct ref_bitmap *b = name && n ? usable(r, n->name, name) : NULL;
+    int file = text(data, "target")[2] - '0';
+    bool existing = text(data, "mode")[0] == 'e';
+    if (!n || n->target_of || file_is_busy(r, file) || (existing && r->file[file] != n->size))
+        return false;
+    if (!mode_fits(data) || (name && !b) || !job_id_is_free(r, text(data, "job-id")))
+        return false;
+    r->job[new_job(r, n, b, data)].file = file;
+    r->file[file] = n->size;
+    return true;
+}
+
+/* ------------------------------------------------------------------ nodes */
+
+static json_t *make_node_add(struct ref_maker *m)
+{
+    const char *name = NULL;
+    uint64_t size = chance_one_in(m->dice, 2) ? REF_BIG : REF_SMALL;
+    for (unsigned i = REF_ADDED, seen = 0; i < REF_NODES; i++)
+        if (!m->r->node[i].used && chance_below(m->dice, ++seen) == 0)
+            name = ref_node_name(i);
+    if (m->careless && chance_one_in(m->dice, 5))
+        name = any_node(m);
+    if (!name || !strcmp(name, "zz"))
+        return NULL;
+    if (chance_one_in(m->dice, 2))
+        return json_pack("{s:s,s:s,s:s,s:b}", "driver", "file", "node-name", name, "filename",
+                         m->careless && chance_one_in(m->dice, 4) ? "@missing" : "@spare",
+                         "read-only", 1);
+    return json_pack("{s:s,s:s,s:I,s:b}", "driver", "null-co", "node-name", name, "size",
+                     (json_int_t)size, "read-zeroes", 1);
+}
+
+static bool play_node_add(struct ref *r, json_t *data)
+{
+    const char *name = text(data, "node-name"), *file = text(data, "filename");
+    if (ref_node(r, name) || (file && strcmp(file, "@spare")))
+        return false;
+    for (unsigned i = REF_ADDED; i < REF_NODES; i++) {
+        struct ref_node *n = &r->node[i];
+        if (strcmp(n->name, name))
+            continue;
+        n->used = true;
+        n->read_only = file != NULL;
+        n->size = file ? REF_SMALL : (uint64_t)json_integer_value(json_object_get(data, "size"));
+    }
+    return true;
+}
+
+static bool node_is_used(const struct ref *r, const struct ref_node *n)
+{
+    bool used = n->guests || n->target_of;
+    for (unsigned i = 0; i < REF_EXPORTS; i++)
+        used = used || (r->export[i].used && &r->node[r->export[i].node] == n);
+    for (unsigned i = 0; i < n->n; i++)
+        used = used || n->b[i].job;
+    return used;
+}
+
+static json_t *make_node_del(struct ref_maker *m)
+{
+    const char *name = NULL;
+    for (unsigned i = REF_ADDED, seen = 0; i < REF_NODES; i++) {
+        const struct ref_node *n = &m->r->node[i];
+        if (n->used && (m->careless || !node_is_used(m->r, n)) &&
+            chance_below(m->dice, ++seen) == 0)
+            name = n->name;
+    }
+    if (m->careless && chance_one_in(m->dice, 8))
+        name = "d";
+    return name ? json_pack("{s:s}", "node-name", name) : NULL;
+}
+
+static bool play_node_del(struct ref *r, json_t *data)
+{
+    struct ref_node *n = ref_node(r, text(data, "node-name"));
+    if (!n || node_is_used(r, n))
+        return false;
+    *n = (struct ref_node){.name = n->name};
     return true;
 }
 
@@ -509,6 +655,9 @@ const struct ref_kind ref_kinds[] = {
     {"x-" BITMAP_KIND "disable", 1, false, false, make_one, play_disable},
     {"x-" BITMAP_KIND "merge", 1, false, false, make_x_merge, play_x_merge},
     {"blockdev-backup", 4, true, true, make_backup, play_backup},
+    {"drive-backup", 3, true, true, make_drive_backup, play_drive_backup},
+    {"blockdev-add", 3, true, false, make_node_add, play_node_add},
+    {"blockdev-del", 3, false, false, make_node_del, play_node_del},
     {"abort", 1, false, false, make_abort, play_abort},
 };
 const unsigned n_ref_kinds = sizeof ref_kinds / sizeof *ref_kinds;
