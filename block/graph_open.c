@@ -125,7 +125,7 @@ void graph_publish(struct node *n)
 
 void graph_unpublish(struct node *n)
 {
-    assert(n->sight == NODE_PUBLISHED && !n->n_parents && !n->n_roots && !n->perm);
+    assert(n->sight == NODE_PUBLISHED && !n->n_parents && !n->n_roots);
     n->older = TAILQ_NEXT(n, link);
     TAILQ_REMOVE(&n->graph->nodes, n, link);
     n->sight = NODE_UNPUBLISHED;

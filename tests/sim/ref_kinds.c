@@ -558,6 +558,131 @@ static bool play_drive_backup(struct ref *r, json_t *data)
     return true;
 }
 
+/* ------------------------------------------------------------------ exports */
+
+static struct ref_export *find_export(struct ref *r, const char *id)
+{
+    for (unsigned i = 0; i < REF_EXPORTS; i++)
+        if (r->export[i].used && !strcmp(r->export[i].id, id))
+            return &r->export[i];
+    return NULL;
+}
+
+static struct ref_export *any_export(struct ref_maker *m)
+{
+    struct ref_export *e = NULL;
+    for (unsigned i = 0, seen = 0; i < REF_EXPORTS; i++)
+        if (m->r->export[i].used && chance_below(m->dice, ++seen) == 0)
+            e = &m->r->export[i];
+    return e;
+}
+
+static bool can_show(const struct ref_node *n, bool writable)
+{
+    return n && !(writable && (n->read_only || n->target_of));
+}
+
+static json_t *make_export_add(struct ref_maker *m)
+{
+    const char *node = any_node(m);
+    struct ref_node *n = ref_node(m->r, node);
+    bool writable = chance_one_in(m->dice, 2);
+    const char *bitmap = NULL;
+    unsigned free_places = 0;
+    char id[12];
+    for (unsigned i = 0; i < REF_EXPORTS; i++)
+        free_places += !m->r->export[i].used;
+    if (!free_places || (!m->careless && !can_show(n, writable)))
+        return NULL;
+    do
+        snprintf(id, sizeof id, "e%u", (unsigned)chance_below(m->dice, 20));
+    while (find_export(m->r, id));
+    if (m->careless && chance_one_in(m->dice, 10))
+        snprintf(id, sizeof id, "hold");
+    for (unsigned i = 0, seen = 0; n && i < n->n; i++)
+        if (!n->b[i].job && (writable || !n->b[i].enabled) && chance_below(m->dice, ++seen) == 0)
+            bitmap = n->b[i].name;
+    if (m->careless && chance_one_in(m->dice, 8))
+        bitmap = any_name(m);
+    json_t *data = json_pack("{s:s,s:s,s:s,s:s,s:b}", "type", "nbd", "id", id, "name", id,
+                             "node-name", node, "writable", writable);
+    if (bitmap && chance_one_in(m->dice, 2))
+        json_object_set_new(data, "bitmaps", json_pack("[s]", bitmap));
+    return data;
+}
+
+static bool play_export_add(struct ref *r, json_t *data)
+{
+    struct ref_node *n = ref_node(r, text(data, "node-name"));
+    const char *bitmap = json_string_value(json_array_get(json_object_get(data, "bitmaps"), 0));
+    bool writable = flag(data, "writable");
+    struct ref_bitmap *b = n && bitmap ? usable(r, n->name, bitmap) : NULL;
+    unsigned i = 0;
+    if (find_export(r, text(data, "id")) || !can_show(n, writable))
+        return false;
+    if (bitmap && (!b || (b->enabled && !writable && !n->read_only)))
+        return false;
+    while (r->export[i].used)
+        CHECK(++i < REF_EXPORTS);
+    struct ref_export *e = &r->export[i];
+    *e = (struct ref_export){.used = true,
+                             .writable = writable,
+                             .node = (int)(n - r->node),
+                             .object = b ? b->object : 0};
+    snprintf(e->id, sizeof e->id, "%s", text(data, "id"));
+    if (b)
+        b->job = REF_HELD;
+    return true;
+}
+
+static json_t *make_export_del(struct ref_maker *m)
+{
+    struct ref_export *e = any_export(m);
+    const char *id = e ? e->id : NULL;
+    if (m->careless && chance_one_in(m->dice, 10))
+        id = "none";
+    return id ? json_pack("{s:s,s:s}", "id", id, "mode",
+                          chance_one_in(m->dice, 2) ? "hard" : "safe")
+              : NULL;
+}
+
+static bool play_export_del(struct ref *r, json_t *data)
+{
+    struct ref_export *e = find_export(r, text(data, "id"));
+    if (!e)
+        return false;
+    for (unsigned i = 0; i < REF_NODES; i++)
+        for (unsigned k = 0; k < r->node[i].n; k++)
+            if (r->node[i].b[k].object == e->object)
+                r->node[i].b[k].job = 0;
+    *e = (struct ref_export){0};
+    return true;
+}
+
+static json_t *make_set_node(struct ref_maker *m)
+{
+    struct ref_export *e = any_export(m);
+    struct ref_node *found = NULL;
+    for (unsigned i = 0, seen = 0; e && i < REF_NODES; i++) {
+        struct ref_node *n = &m->r->node[i];
+        if (n->used &&
+            (m->careless || (n->size == m->r->node[e->node].size && can_show(n, e->writable))) &&
+            chance_below(m->dice, ++seen) == 0)
+            found = n;
+    }
+    return found ? json_pack("{s:s,s:s}", "id", e->id, "node-name", found->name) : NULL;
+}
+
+static bool play_set_node(struct ref *r, json_t *data)
+{
+    struct ref_export *e = find_export(r, text(data, "id"));
+    struct ref_node *n = ref_node(r, text(data, "node-name"));
+    if (!e || !can_show(n, e->writable) || n->size != r->node[e->node].size)
+        return false;
+    e->node = (int)(n - r->node);
+    return true;
+}
+
 /* ------------------------------------------------------------------ nodes */
 
 static json_t *make_node_add(struct ref_maker *m)
@@ -656,6 +781,9 @@ const struct ref_kind ref_kinds[] = {
     {"x-" BITMAP_KIND "merge", 1, false, false, make_x_merge, play_x_merge},
     {"blockdev-backup", 4, true, true, make_backup, play_backup},
     {"drive-backup", 3, true, true, make_drive_backup, play_drive_backup},
+    {"block-export-add", 3, false, false, make_export_add, play_export_add},
+    {"block-export-del", 2, false, false, make_export_del, play_export_del},
+    {"block-export-set-node", 3, false, false, make_set_node, play_set_node},
     {"blockdev-add", 3, true, false, make_node_add, play_node_add},
     {"blockdev-del", 3, false, false, make_node_del, play_node_del},
     {"abort", 1, false, false, make_abort, play_abort},

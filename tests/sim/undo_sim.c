@@ -19,7 +19,7 @@
 #include "local.h"
 #include "qmp/instance.h"
 
-#define PARTS 16u /* as many seeds as tell all pairs; four times as many tell all triples */
+#define PARTS 16u /* as many seeds as tell all pairs; 16 times as many tell all triples */
 #define LONGEST 4u
 #define SEEN 32u
 
@@ -129,32 +129,6 @@ static unsigned n_kinds(void)
     return n_ref_kinds - 1; /* the last is abort */
 }
 
-/* `of` kinds, as the digits of `number`; arguments that succeed. */
-static json_t *make_combination(struct undo_state *u, unsigned number, unsigned of)
-{
-    struct ref_maker m = {&u->a.w->chance, &u->draft, false};
-    for (unsigned tries = 0; tries < 200; tries++) {
-        json_t *list = json_array();
-        unsigned digits = number, i;
-        u->draft = u->ref;
-        for (i = 0; i < of; i++, digits /= n_kinds()) {
-            json_t *a = ref_make(&m, &ref_kinds[digits % n_kinds()]);
-            if (!a)
-                break;
-            json_array_append_new(list, a);
-            if (!ref_play(&u->draft, a))
-                break;
-        }
-        if (i == of) {
-            u->ref.n_job_ids = u->draft.n_job_ids;
-            return list;
-        }
-        json_decref(list);
-    }
-    CHECK_SAY(false, "no arguments for combination %u of %u", number, of);
-    return NULL;
-}
-
 /* Actions that arm an undo record: a merge of nothing does not. */
 static unsigned n_armed(json_t *list)
 {
@@ -206,19 +180,72 @@ static co_fn void do_plain(struct undo_state *u, const char *type)
     json_decref(a);
 }
 
-static unsigned n_added(const struct undo_state *u)
+static unsigned count(const struct undo_state *u, bool exports)
 {
     unsigned n = 0;
-    for (unsigned i = REF_ADDED; i < REF_NODES; i++)
+    for (unsigned i = 0; exports && i < REF_EXPORTS; i++)
+        n += u->ref.export[i].used;
+    for (unsigned i = REF_ADDED; !exports && i < REF_NODES; i++)
         n += u->ref.node[i].used;
     return n;
 }
 
-/* Three to delete, room for three more. */
-static co_fn void keep_half(struct undo_state *u)
+/* `of` kinds, as the digits of `number`; arguments that succeed, or NULL: none were found. */
+static json_t *try_combination(struct undo_state *u, unsigned number, unsigned of)
 {
-    while (n_added(u) != 3)
-        do_plain(u, n_added(u) < 3 ? "blockdev-add" : "blockdev-del");
+    struct ref_maker m = {&u->a.w->chance, &u->draft, false};
+    for (unsigned tries = 0; tries < 500; tries++) {
+        json_t *list = json_array();
+        unsigned digits = number, i;
+        u->draft = u->ref;
+        for (i = 0; i < of; i++, digits /= n_kinds()) {
+            json_t *a = ref_make(&m, &ref_kinds[digits % n_kinds()]);
+            if (!a)
+                break;
+            json_array_append_new(list, a);
+            if (!ref_play(&u->draft, a))
+                break;
+        }
+        if (i == of) {
+            u->ref.n_job_ids = u->draft.n_job_ids;
+            return list;
+        }
+        json_decref(list);
+    }
+    return NULL;
+}
+
+/* Exports may hold all that a combination could use: then they go. */
+static co_fn json_t *make_combination(struct undo_state *u, unsigned number, unsigned of)
+{
+    json_t *list = try_combination(u, number, of);
+    while (!list && count(u, true)) {
+        do_plain(u, "block-export-del");
+        list = try_combination(u, number, of);
+    }
+    char names[200] = "";
+    for (unsigned i = 0, digits = number; i < of; i++, digits /= n_kinds()) {
+        strncat(names, ref_kinds[digits % n_kinds()].type, 60);
+        strncat(names, " ", 2);
+    }
+    CHECK_SAY(list, "no arguments for %s", names);
+    return list;
+}
+
+static bool added_nodes_are_shown(const struct undo_state *u)
+{
+    for (unsigned i = 0; i < REF_EXPORTS; i++)
+        if (u->ref.export[i].used && u->ref.export[i].node >= (int)REF_ADDED)
+            return true;
+    return false;
+}
+
+/* Three to delete, room for three more. */
+static co_fn void keep_half(struct undo_state *u, const char *add, const char *del)
+{
+    bool exports = !strcmp(add, "block-export-add");
+    while (count(u, exports) != 3)
+        do_plain(u, count(u, exports) < 3 ? add : del);
 }
 
 /* Enough bitmaps to remove three, room enough to add three. */
@@ -229,8 +256,10 @@ static co_fn void top_up(struct undo_state *u)
         while (n->n < 3) {
             struct ref_maker m = {&u->a.w->chance, &u->ref, false};
             json_t *a = ref_make(&m, &ref_kinds[0]);
+            if (!a) /* it was out of luck with names */
+                continue;
             json_t *data = json_object_get(a, "data");
-            CHECK(a && !local_command(&u->a, "block-dirty-bitmap-add", json_incref(data)));
+            CHECK(!local_command(&u->a, "block-dirty-bitmap-add", json_incref(data)));
             CHECK(ref_play(&u->ref, a));
             json_decref(a);
         }
@@ -244,7 +273,10 @@ static co_fn void top_up(struct undo_state *u)
             json_decref(a);
         }
     }
-    keep_half(u);
+    while (added_nodes_are_shown(u))
+        do_plain(u, "block-export-del");
+    keep_half(u, "blockdev-add", "blockdev-del");
+    keep_half(u, "block-export-add", "block-export-del");
     write_some(u);
 }
 
@@ -371,13 +403,17 @@ static co_fn void fail_allocations(struct undo_state *u, json_t *list, enum way 
     }
 }
 
-static unsigned n_of_type(json_t *list, const char *type)
+/* Files that are put in place by a rename. */
+static unsigned n_files_made(json_t *list)
 {
+    unsigned n = 0;
     json_t *a;
     size_t i;
-    unsigned n = 0;
-    json_array_foreach (list, i, a)
-        n += !strcmp(json_string_value(json_object_get(a, "type")), type);
+    json_array_foreach (list, i, a) {
+        const char *mode = json_string_value(json_object_get(json_object_get(a, "data"), "mode"));
+        n += !strcmp(json_string_value(json_object_get(a, "type")), "drive-backup") &&
+             !(mode && !strcmp(mode, "existing"));
+    }
     return n;
 }
 
@@ -388,7 +424,7 @@ static co_fn void fail_files(struct undo_state *u, json_t *list, bool grouped)
     static const enum sim_kind kinds[] = {SIM_OPEN,   SIM_STAT,     SIM_READ,    SIM_WRITE,
                                           SIM_FSYNC,  SIM_ZERO,     SIM_LOCK,    SIM_RENAME,
                                           SIM_EXTENT, SIM_TRUNCATE, SIM_SYNC_DIR};
-    unsigned n_made = n_of_type(list, "drive-backup");
+    unsigned n_made = n_files_made(list);
     for (unsigned k = 0; k < sizeof kinds / sizeof *kinds; k++) {
         for (unsigned nth = 1; nth <= (kinds[k] == SIM_RENAME ? n_made : 8); nth++) {
             char *before = local_whole(&u->a);
@@ -461,7 +497,7 @@ static co_fn void each_combination(struct undo_state *u, unsigned most,
     unsigned n = 1, at = 0;
     for (unsigned of = 1; of <= most; of++) {
         n *= n_kinds();
-        unsigned parts = of == 3 ? PARTS * 4 : PARTS;
+        unsigned parts = of == 3 ? PARTS * 16 : PARTS;
         for (unsigned i = 0; i < n; i++, at++)
             if (at % parts == u->a.w->seed % parts)
                 fn(u, i, of);
