@@ -356,7 +356,8 @@ static int rename_prepare(struct txn *t, const struct action *a, struct tide_err
 {
     const struct q_block_dirty_bitmap_rename *args = a->args;
     struct dirty_bitmap *b;
-    int r = find(t, args->node, args->name, BITMAP_NOT_BUSY | BITMAP_WRITABLE, &b, err);
+    int r = find(t, args->node, args->name, BITMAP_NOT_BUSY | BITMAP_WRITABLE | BITMAP_CONSISTENT,
+                 &b, err);
     if (r == 0)
         r = dirty_bitmap_check_name(b->node, args->new_name, err);
     if (r < 0)
