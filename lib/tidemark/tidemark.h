@@ -15,16 +15,16 @@
  *   -EREMOTEIO   the daemon refused, and is ready for the next command;
  *   -EINVAL      an argument makes no sense; nothing was sent;
  *   -ENOTCONN    there is no connection; nothing was sent;
- *   -ECONNRESET  the connection was lost before the answer: what became of the command is not
- * known; -ETIMEDOUT   there was no answer in time: the same; -ENOMEM      no memory: the same, if
- * the connection was open. After the last three the connection is closed; tide_conn_open() opens
- * another.
+ *   -ECONNRESET  the connection was lost before the answer: what came of the command is unknown;
+ *   -ETIMEDOUT   there was no answer in time: the same;
+ *   -ENOMEM      no memory: the same, if the connection was open.
+ * After the last three the connection is closed; tide_conn_open() opens another.
  *
  * Ownership: what a _new() function returns belongs to the caller, who frees it with the _free() of
  * the same name. Functions accept the NULL that _new() returns without memory: they return -ENOMEM,
  * or 0 or NULL where they return no error; _free(NULL) does nothing. Strings given to a function
  * are copied; those it returns as `const char *` belong to the object and stay until the next call
- * with it. Text is UTF-8. */
+ * that changes it: asking for another one of them does not. Text is UTF-8. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
