@@ -27,7 +27,8 @@ struct client {
     size_t used, size, scanned;
     unsigned depth; /* open brackets at `scanned` */
     bool in_string, escaped;
-    json_t *events;     /* array, oldest first */
+    json_t *events;     /* array, oldest first; null for those that were taken */
+    size_t taken;       /* how many of them, at its beginning */
     json_t *error_data; /* of the last refusal, or NULL */
     int timeout_ms;     /* for one command; -1: none */
     bool broken;        /* an answer may still come that nobody waits for: of no use any more */
@@ -184,6 +185,25 @@ static int send_all(struct client *c, const char *text, size_t len, int64_t dead
     return 0;
 }
 
+/* The oldest event that is kept, a new reference, or NULL. Those taken leave the array together,
+ * when they are half of it: one at a time, each would move all that are left. */
+static json_t *take_event(struct client *c)
+{
+    if (c->taken == json_array_size(c->events))
+        return NULL;
+    json_t *event = json_incref(json_array_get(c->events, c->taken));
+    json_array_set_new(c->events, c->taken++, json_null());
+    size_t left = json_array_size(c->events) - c->taken;
+    if (left > c->taken)
+        return event;
+    for (size_t i = 0; i < left; i++)
+        json_array_set(c->events, i, json_array_get(c->events, c->taken + i));
+    while (json_array_size(c->events) > left)
+        json_array_remove(c->events, json_array_size(c->events) - 1);
+    c->taken = 0;
+    return event;
+}
+
 /* An answer: the value, or the daemon's error in ours. Steals `message`. */
 static int take_answer(struct client *c, json_t *message, json_t **reply, struct tide_error *err)
 {
@@ -192,6 +212,9 @@ static int take_answer(struct client *c, json_t *message, json_t **reply, struct
     if (value) {
         if (reply)
             *reply = json_incref(value);
+    } else if (!json_is_object(json_object_get(message, "error"))) {
+        /* Nobody may take it for a refusal, after which nothing has happened. */
+        r = tide_fail(err, CLIENT_UNREACHABLE, "the answer is neither a result nor an error");
     } else {
         const char *class = NULL, *desc = NULL;
         json_unpack(message, "{s:{s?s, s?s}}", "error", "class", &class, "desc", &desc);
@@ -279,12 +302,9 @@ bool client_unknown_command(const struct tide_error *err)
 
 int client_event(struct client *c, int timeout_ms, json_t **event, struct tide_error *err)
 {
-    *event = NULL;
-    if (json_array_size(c->events) > 0) {
-        *event = json_incref(json_array_get(c->events, 0));
-        json_array_remove(c->events, 0);
+    *event = take_event(c);
+    if (*event)
         return 0;
-    }
     return next_object(c, timeout_ms < 0 ? -1 : now_ms() + timeout_ms, true, event, err);
 }
 

@@ -13,6 +13,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <tidemark/tidemark.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -407,6 +408,73 @@ TEST(null_is_no_memory)
     assert_true(*tide_version() != '\0');
 }
 
+/* ---- peers that are out of their mind, and busy ones ---- */
+
+TEST(what_is_no_answer_is_no_refusal)
+{
+    static const char *const script[] = {
+        "{\"x\": 1}\r\n", "{\"error\": 3}\r\n",
+        "{\"error\": {\"class\": \"GenericError\", \"desc\": \"d\", \"data\": {\"action\": "
+        "-5}}}\r\n",
+        "{\"error\": {\"class\": \"GenericError\", \"desc\": \"d\", \"data\": {\"action\": "
+        "4294967296}}}\r\n",
+        NULL};
+    struct player p;
+    struct tide_conn *conn = begin(&p, script);
+    struct tide_txn *txn = tide_txn_new();
+    assert_int_equal(tide_txn_abort(txn), 0);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(tide_txn_run(txn, conn), -ECONNRESET);
+        assert_false(tide_txn_undone(txn));
+        assert_false(tide_conn_is_open(conn));
+        assert_int_equal(tide_conn_open(conn, p.path), 0);
+    }
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(tide_txn_run(txn, conn), -EREMOTEIO);
+        assert_int_equal(tide_txn_failed_action(txn), -1);
+    }
+    tide_txn_free(txn);
+    end(&p, conn);
+}
+
+static int64_t cpu_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+    return ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
+
+/* An event costs the same however many wait behind it: taking them costs about what reading did. */
+TEST(a_flood_of_events_is_taken_in_order)
+{
+    enum { N = 200000 };
+    char *flood = NULL, *event, want[40];
+    size_t len;
+    FILE *f = open_memstream(&flood, &len);
+    for (int i = 0; i < N; i++)
+        fprintf(f, "{\"event\":\"E%d\"}\r\n", i);
+    fputs(OK, f);
+    assert_int_equal(fclose(f), 0);
+    const char *const script[] = {flood, OK, NULL};
+    struct player p;
+    struct tide_conn *conn = begin(&p, script);
+    int64_t start = cpu_ns();
+    assert_int_equal(tide_conn_call(conn, "stop", NULL, NULL), 0);
+    int64_t reading = cpu_ns() - start;
+    start = cpu_ns();
+    for (int i = 0; i < N; i++) {
+        snprintf(want, sizeof want, "{\"event\":\"E%d\"}", i);
+        assert_int_equal(tide_conn_event(conn, 0, &event), 1);
+        assert_string_equal(event, want);
+        tide_free(event);
+    }
+    int64_t taking = cpu_ns() - start;
+    assert_true(taking < 4 * reading);
+    assert_int_equal(tide_conn_event(conn, 0, &event), 0);
+    end(&p, conn);
+    free(flood);
+}
+
 int main(void)
 {
     alarm(120); /* a test that hangs dies */
@@ -421,6 +489,8 @@ int main(void)
         cmocka_unit_test(time_limits_hold_while_sending),
         cmocka_unit_test(connections_that_cannot_be),
         cmocka_unit_test(null_is_no_memory),
+        cmocka_unit_test(what_is_no_answer_is_no_refusal),
+        cmocka_unit_test(a_flood_of_events_is_taken_in_order),
     };
     return cmocka_run_group_tests_name("lib", tests, NULL, NULL);
 }

@@ -227,7 +227,8 @@ int tide_txn_failed_action(const struct tide_txn *txn)
 {
     json_t *dry = txn ? json_object_get(txn->reply, "failed-action") : NULL;
     json_t *index = dry ? dry : txn ? json_object_get(txn->data, "action") : NULL;
-    return json_is_integer(index) ? (int)json_integer_value(index) : -1;
+    json_int_t i = json_is_integer(index) ? json_integer_value(index) : -1;
+    return i >= 0 && (size_t)i < json_array_size(txn->actions) ? (int)i : -1;
 }
 
 const char *tide_txn_failed_kind(const struct tide_txn *txn)
