@@ -44,8 +44,11 @@ static json_t *describe(const struct store_name *n)
 
 struct explain {
     const struct footprint *f;
-    size_t *bucket, mask; /* of named uses: index of the newest + 1 */
-    size_t *next;         /* of a use: the one before it in its bucket */
+    /* Index + 1 of the newest: of the named uses that write, and that read, by the hash of the
+     * name; of those of any name. Looking and looking do not meet, so readers walk the writers
+     * alone. */
+    size_t *writers, *readers, mask, any;
+    size_t *next; /* of a use: the one before it in its list */
     json_t *list;
     size_t n, max;
     json_t **of_action; /* while one action is looked at: the edge to each earlier one, or NULL */
@@ -98,44 +101,54 @@ static int meet(struct explain *x, const struct name_use *later, const struct na
     return json_array_append_new(because, why) < 0 ? -ENOMEM : 0;
 }
 
+/* Newest first, of both lists. */
+static int meet_lists(struct explain *x, size_t i, size_t w, size_t r)
+{
+    const struct name_use *u = x->f->use;
+    int err = 0;
+    while ((w || r) && err == 0) {
+        size_t *k = w > r ? &w : &r;
+        err = meet(x, &u[i], &u[*k - 1]);
+        *k = x->next[*k - 1];
+    }
+    return err;
+}
+
+/* The same use again, by the same action: a merge reads its node once for each source. */
+static bool repeats(const struct explain *x, size_t i, size_t head)
+{
+    const struct name_use *u = &x->f->use[i], *have = head ? &x->f->use[head - 1] : NULL;
+    return have && have->action == u->action && have->writes == u->writes && have->name.a &&
+           u->name.a && store_name_meets(&have->name, &u->name);
+}
+
 static int meet_named(struct explain *x, size_t i)
 {
     const struct name_use *u = &x->f->use[i];
-    size_t *head = &x->bucket[hash_name(&u->name) & x->mask];
-    int r = 0;
-    for (size_t k = *head; k && r == 0; k = x->next[k - 1])
-        r = meet(x, u, &x->f->use[k - 1]);
+    size_t slot = hash_name(&u->name) & x->mask;
+    size_t *head = u->writes ? &x->writers[slot] : &x->readers[slot];
+    if (repeats(x, i, *head))
+        return 0;
+    int r = meet_lists(x, i, x->writers[slot], u->writes ? x->readers[slot] : 0);
     x->next[i] = *head;
     *head = i + 1;
     return r;
 }
 
-/* "Any" meets all that came before it; all that come after meet it. */
-static int meet_any(struct explain *x, size_t i)
+/* "Any" meets all that came before it. */
+static int meet_all(struct explain *x, size_t i)
 {
-    const struct footprint *f = x->f;
-    bool any = !f->use[i].name.a;
     int r = 0;
-    for (size_t k = 0; k < i && r == 0; k++) {
-        if (any || !f->use[k].name.a)
-            r = meet(x, &f->use[i], &f->use[k]);
-    }
+    for (size_t k = 0; k < i && r == 0; k++)
+        r = meet(x, &x->f->use[i], &x->f->use[k]);
+    x->next[i] = x->any;
+    x->any = i + 1;
     return r;
-}
-
-static bool has_any(const struct footprint *f)
-{
-    for (size_t i = 0; i < f->n_uses; i++) {
-        if (!f->use[i].name.a)
-            return true;
-    }
-    return false;
 }
 
 static int find_edges(struct explain *x)
 {
     const struct footprint *f = x->f;
-    bool any = has_any(f);
     unsigned action = 0;
     int r = 0;
     for (size_t i = 0; i < f->n_uses && r == 0; i++) {
@@ -143,8 +156,12 @@ static int find_edges(struct explain *x)
             memset(x->of_action, 0, f->use[i].action * sizeof *x->of_action);
             action = f->use[i].action;
         }
-        r = any ? meet_any(x, i) : 0;
-        if (r == 0 && f->use[i].name.a)
+        if (!f->use[i].name.a) {
+            r = meet_all(x, i);
+            continue;
+        }
+        r = meet_lists(x, i, x->any, 0);
+        if (r == 0)
             r = meet_named(x, i);
     }
     return r;
@@ -183,17 +200,20 @@ int footprint_explain(const struct footprint *f, size_t max, json_t **out)
     while (x.mask < f->n_uses)
         x.mask = x.mask * 2 + 1;
     unsigned n = f->n_uses ? f->use[f->n_uses - 1].action + 1 : 1;
-    x.bucket = mem_calloc(x.mask + 1, sizeof *x.bucket);
+    x.writers = mem_calloc(x.mask + 1, sizeof *x.writers);
+    x.readers = mem_calloc(x.mask + 1, sizeof *x.readers);
     x.next = mem_calloc(f->n_uses + 1, sizeof *x.next);
     x.of_action = mem_calloc(n, sizeof *x.of_action);
     x.list = json_array();
     json_t *held = json_array();
-    int r = x.bucket && x.next && x.of_action && x.list && !f->no_memory ? 0 : -ENOMEM;
+    int r =
+        x.writers && x.readers && x.next && x.of_action && x.list && !f->no_memory ? 0 : -ENOMEM;
     if (r == 0)
         r = find_edges(&x);
     if (r == 0)
         r = holds(f, held);
-    mem_free(x.bucket);
+    mem_free(x.writers);
+    mem_free(x.readers);
     mem_free(x.next);
     mem_free(x.of_action);
     if (r == 0) {

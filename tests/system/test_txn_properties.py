@@ -172,6 +172,18 @@ def test_explain_of_what_only_looks_has_no_edges(d):
     assert edges == {}
 
 
+def test_explain_of_a_long_list_takes_no_longer_than_running_it_some_times(d):
+    """Those who only look at the same thing are not compared with each other, two by two."""
+    actions = [act('merge', node='d0', target='t', bitmaps=[f'b{i}' for i in range(30000)])]
+    start = time.monotonic()
+    with pytest.raises(QmpError, match='not found'):
+        txn(d, actions)
+    ran = time.monotonic() - start
+    start = time.monotonic()
+    assert explained(d, actions) == ({}, [{'node': 'd0', 'requests': 'writes'}])
+    assert time.monotonic() - start < 20 * ran
+
+
 def test_independent_neighbours_may_be_swapped(d):
     """What explain calls independent is: both orders end in the same state."""
     lists = [act('add', node='d0', name='p'), act('add', node='d1', name='q')]
