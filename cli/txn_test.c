@@ -144,6 +144,18 @@ TEST(lines_and_comments)
     txn_list_free(&list);
 }
 
+TEST(a_byte_order_mark_is_nothing)
+{
+    static const char *const texts[] = {"\xef\xbb\xbf"
+                                        "abort\r\n",
+                                        "\xef\xbb\xbf[{\"type\":\"abort\",\"data\":{}}]"};
+    for (size_t i = 0; i < 2; i++) {
+        json_t *action = read_one(texts[i]);
+        assert_string_equal(json_string_value(json_object_get(action, "type")), "abort");
+        json_decref(action);
+    }
+}
+
 TEST(json_is_known_by_its_first_character)
 {
     static const char text[] = " \n{\"actions\": [{\"type\": \"new-kind\", \"data\": {}}], "
@@ -383,6 +395,7 @@ int main(void)
         cmocka_unit_test(short_forms_mean_what_they_say),
         cmocka_unit_test(every_verb_has_its_kind_or_says_so),
         cmocka_unit_test(lines_and_comments),
+        cmocka_unit_test(a_byte_order_mark_is_nothing),
         cmocka_unit_test(json_is_known_by_its_first_character),
         cmocka_unit_test(errors_name_file_line_and_word),
         cmocka_unit_test(the_shortest_form_is_written),

@@ -528,6 +528,10 @@ int txn_list_parse(const char *name, const char *text, size_t len, struct txn_li
 {
     *out = (struct txn_list){0};
     size_t i = 0;
+    if (len >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0) { /* the mark of some editors */
+        text += 3;
+        len -= 3;
+    }
     while (i < len && (is_blank(text[i]) || text[i] == '\n'))
         i++;
     int r = i < len && (text[i] == '[' || text[i] == '{') ? parse_json(name, text, len, out, err)
