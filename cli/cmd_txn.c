@@ -24,6 +24,8 @@
 
 /* ---- the list ---- */
 
+#define LIST_MAX ((size_t)64 << 20) /* of one QMP message, so of the list in it */
+
 static int read_all(const char *path, char **text, size_t *len, struct tide_error *err)
 {
     int fd = strcmp(path, "-") == 0 ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
@@ -32,7 +34,7 @@ static int read_all(const char *path, char **text, size_t *len, struct tide_erro
     ssize_t n = 1;
     *text = NULL;
     *len = 0;
-    for (size_t size = 0; n > 0;) {
+    for (size_t size = 0; n > 0 && *len <= LIST_MAX;) {
         if (size - *len < 65536) {
             size = size ? size * 2 : 131072;
             *text = cli_grow(*text, size, 1);
@@ -44,6 +46,9 @@ static int read_all(const char *path, char **text, size_t *len, struct tide_erro
             *len += (size_t)n;
     }
     int r = n < 0 ? tide_fail(err, -errno, "cannot read '%s': %s", path, tide_strerror(errno)) : 0;
+    if (r == 0 && *len > LIST_MAX)
+        r = tide_fail(err, -EFBIG, "'%s' is longer than %zu MiB: no daemon takes such a list", path,
+                      LIST_MAX >> 20);
     if (fd != STDIN_FILENO)
         close(fd);
     return r;

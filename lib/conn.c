@@ -154,10 +154,13 @@ int tide_conn_call(struct tide_conn *conn, const char *command, const char *argu
 int tide_conn_event(struct tide_conn *conn, int timeout_ms, char **event)
 {
     json_t *value;
-    *event = NULL;
+    if (event)
+        *event = NULL;
     if (!conn)
         return -ENOMEM;
     conn->err = (struct tide_error){0};
+    if (!event)
+        return tide_fail(&conn->err, -EINVAL, "'event' is NULL: there is no place for the event");
     if (!conn->client)
         return tide_fail(&conn->err, -ENOTCONN, "there is no connection to a daemon");
     int r = settle(conn, client_event(conn->client, timeout_ms, &value, &conn->err));

@@ -227,6 +227,7 @@ TEST(the_failing_action_can_be_read)
     assert_string_equal(tide_txn_error(txn), "");
     tide_txn_free(txn);
     char *event;
+    assert_int_equal(tide_conn_event(conn, 0, NULL), -EINVAL);
     assert_int_equal(tide_conn_event(conn, 0, &event), 1);
     assert_string_equal(event, "{\"event\":\"X\"}");
     tide_free(event);

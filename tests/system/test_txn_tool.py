@@ -254,3 +254,9 @@ def test_a_log_without_entries(tool):
     with Daemon() as d:
         tool.socket = d.qmp_path
         assert d.cmd('query-transactions') == [] and tool('log') == 'no transactions yet\n'
+
+
+def test_a_list_without_end_is_refused():
+    r = subprocess.run([TOOL, 'txn', 'explain', '/dev/zero'], capture_output=True, text=True,
+                       timeout=DEADLINE)
+    assert r.returncode == 1 and "'/dev/zero' is longer than 64 MiB" in r.stderr, r
