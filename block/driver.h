@@ -146,6 +146,7 @@ struct graph {
     struct co_rwlock effects; /* a list's effects are not seen before it is over */
     struct node_list nodes;   /* published */
     struct node_list opening; /* not yet */
+    struct node_list leaving; /* not any more; what claims hold of them they still hold of others */
     struct root_list roots;
     struct throttle_group_list throttle_groups; /* oldest first */
     unsigned next_auto_name;

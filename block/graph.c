@@ -27,6 +27,7 @@ int graph_new(struct io *io, struct graph **out)
     g->quiesce_timeout = 3000000000u;
     TAILQ_INIT(&g->nodes);
     TAILQ_INIT(&g->opening);
+    TAILQ_INIT(&g->leaving);
     TAILQ_INIT(&g->roots);
     TAILQ_INIT(&g->throttle_groups);
     size_t size = io_n_loops(io) * sizeof *g->loop;
@@ -45,7 +46,8 @@ void graph_free(struct graph *g)
 {
     if (!g)
         return;
-    assert(TAILQ_EMPTY(&g->nodes) && TAILQ_EMPTY(&g->roots) && TAILQ_EMPTY(&g->opening));
+    assert(TAILQ_EMPTY(&g->nodes) && TAILQ_EMPTY(&g->roots) && TAILQ_EMPTY(&g->opening) &&
+           TAILQ_EMPTY(&g->leaving));
     throttle_groups_free(g);
     if (g->reaper)
         reaper_free(g);
@@ -142,9 +144,22 @@ bool node_reaches(const struct node *from, const struct node *to)
 
 /* ------------------------------------------------------------------ permissions */
 
-static unsigned wanted_perm(struct node *n)
+/* What a list has taken out of sight may come back: until it is closed it keeps what claims hold of
+ * it, and so has what it needs of those that it stands on. */
+static unsigned perm_of_leaving_parents(const struct node *n)
 {
     unsigned perm = 0;
+    struct node *p;
+    TAILQ_FOREACH (p, &n->graph->leaving, link) {
+        for (unsigned i = 0; i < p->n_children; i++)
+            perm |= p->child[i] == n ? p->perm : 0;
+    }
+    return perm;
+}
+
+static unsigned wanted_perm(struct node *n)
+{
+    unsigned perm = perm_of_leaving_parents(n);
     struct graph *g = n->graph;
     struct root *r;
     for (r = TAILQ_FIRST(&g->roots); r; r = root_next(r)) {

@@ -105,6 +105,7 @@ static void publish_again(struct node *n)
         add_edge(n, i, n->place[i]);
     }
     n->goes = 0;
+    TAILQ_REMOVE(&g->leaving, n, link);
     if (n->older)
         TAILQ_INSERT_BEFORE(n->older, n, link);
     else
@@ -125,9 +126,11 @@ void graph_publish(struct node *n)
 
 void graph_unpublish(struct node *n)
 {
+    /* A claim may have permissions of it still: it is given back before the node is closed. */
     assert(n->sight == NODE_PUBLISHED && !n->n_parents && !n->n_roots);
     n->older = TAILQ_NEXT(n, link);
     TAILQ_REMOVE(&n->graph->nodes, n, link);
+    TAILQ_INSERT_HEAD(&n->graph->leaving, n, link);
     n->sight = NODE_UNPUBLISHED;
     for (unsigned i = 0; i < n->n_children; i++) {
         struct node *c = n->child[i];
@@ -323,7 +326,7 @@ int graph_add(struct graph *g, const struct q_blockdev_options *opts, struct nod
 
 static co_fn void node_close(struct node *n)
 {
-    assert(n->sight != NODE_PUBLISHED && !n->n_edges && !n->n_roots && !n->hooks);
+    assert(n->sight != NODE_PUBLISHED && !n->n_edges && !n->n_roots && !n->hooks && !n->perm);
     while (n->bitmaps) {
         struct dirty_bitmap *b = n->bitmaps;
         tracker_detach(b);
@@ -331,8 +334,7 @@ static co_fn void node_close(struct node *n)
     }
     if (n->ops)
         n->ops->close(n);
-    if (n->sight == NODE_OPENING)
-        TAILQ_REMOVE(&n->graph->opening, n, link);
+    TAILQ_REMOVE(n->sight == NODE_OPENING ? &n->graph->opening : &n->graph->leaving, n, link);
     for (unsigned i = 0; i < n->n_children; i++) {
         n->child[i]->n_edges--;
         if (n->goes & 1u << i)

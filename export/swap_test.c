@@ -4,6 +4,7 @@
 #include <errno.h>
 
 #include "base/mem.h"
+#include "block/driver.h"
 #include "export/export_test.h"
 
 #define NBD_N "{\"type\":\"nbd\",\"node-name\":\"n\","
@@ -72,6 +73,36 @@ static void claim_body(struct world *w)
 static void claims_are_in_nobodys_way(void **state)
 {
     with_sim_world(1, 2, claim_body);
+}
+
+/* A node that a list has taken out of sight may come back: what a claim has of it, it has of those
+ * below, too, whoever uses those meanwhile. */
+static void unpublished_body(struct world *w)
+{
+    struct arena a = {0};
+    struct tide_error err;
+    struct root *claim, *other;
+    struct node *over, *n = graph_find(w->graph, "n");
+    const char *text = "{\"driver\":\"raw\",\"node-name\":\"over\",\"file\":\"n\"}";
+    CHECK_EQ(graph_add(w->graph, parse(&q_blockdev_options_type, text, &a), &over, &err), 0);
+    CHECK_EQ(root_claim(over, ROOT_READ | ROOT_WRITE, "export 'e'", &claim, &err), 0);
+    graph_unpublish(over);
+    CHECK_EQ(root_new(n, ROOT_READ, "export 'f'", &other, &err), 0);
+    CHECK_EQ(n->perm, ROOT_READ | ROOT_WRITE);
+    root_free(other);
+    CHECK_EQ(n->perm, ROOT_READ | ROOT_WRITE);
+    graph_publish(over);
+    CHECK_EQ(n->perm, ROOT_READ | ROOT_WRITE);
+    graph_unpublish(over);
+    root_free(claim);
+    CHECK_EQ(n->perm, 0);
+    graph_close(over, false);
+    arena_free(&a);
+}
+
+static void claims_outlast_the_sight_of_their_node(void **state)
+{
+    with_sim_world(1, 2, unpublished_body);
 }
 
 static void check_one_node(struct world *w, const char *used, const char *unused)
@@ -523,6 +554,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(claims_are_in_nobodys_way),
+        cmocka_unit_test(claims_outlast_the_sight_of_their_node),
         cmocka_unit_test(the_node_left_is_unused),
         cmocka_unit_test(without_memory_nothing_is_swapped),
         cmocka_unit_test(nobody_sees_an_export_before_its_list_is_decided),
