@@ -45,6 +45,10 @@ struct driver_ops {
     uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
     /* Does it have this file open? NULL: it has none. */
     bool (*is_file)(const struct node *n, uint64_t dev, uint64_t ino);
+    /* Do both keep others from the same file by locks? NULL: it locks nothing. */
+    bool (*same_locks)(const struct node *n, const struct node *other);
+    /* Has another process, or another node, locked one of these bytes? -EAGAIN. */
+    co_fn int (*lock_test)(struct node *n, uint64_t first, uint64_t len);
     /* Somebody waits for the requests inside this node to end (quiesce; the end of an export or of
      * a job). From drain_begin to drain_end no request may wait here of the driver's own accord,
      * for a rate or a time: those that do go on at once, those that come go through. It says

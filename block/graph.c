@@ -123,6 +123,21 @@ struct node *graph_find_file(struct graph *g, uint64_t dev, uint64_t ino)
     return NULL;
 }
 
+struct node *graph_find_left_file(struct graph *g, uint64_t dev, uint64_t ino)
+{
+    struct node *n;
+    TAILQ_FOREACH (n, &g->leaving, link) {
+        if (n->perm && n->ops->is_file && n->ops->is_file(n, dev, ino))
+            return n;
+    }
+    return NULL;
+}
+
+int node_lock_test(struct node *n, uint64_t first, uint64_t len)
+{
+    return n->ops->lock_test(n, first, len);
+}
+
 bool node_stands_on_file(const struct node *n, uint64_t dev, uint64_t ino)
 {
     bool found = n->ops->is_file && n->ops->is_file(n, dev, ino);

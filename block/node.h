@@ -111,6 +111,10 @@ void graph_each(struct graph *g, void (*fn)(void *arg, struct node *n), void *ar
 
 /* A node over that file (device number, inode); NULL: none. */
 struct node *graph_find_file(struct graph *g, uint64_t dev, uint64_t ino);
+/* One that the list under way has taken out of sight, and for which it is still locked. */
+struct node *graph_find_left_file(struct graph *g, uint64_t dev, uint64_t ino);
+/* -EAGAIN: somebody else than this node, which is over a file, has locked one of these bytes. */
+co_fn int node_lock_test(struct node *n, uint64_t first, uint64_t len);
 bool node_stands_on_file(const struct node *n, uint64_t dev, uint64_t ino);
 /* Its file goes by another name now, for people. `name` is the caller's before and the node's
  * after, and the old one is returned. */

@@ -318,6 +318,34 @@ const char *node_written_alone_by(const struct node *n)
     return NULL;
 }
 
+/* What the users of a node do to it; claims use nothing. */
+static unsigned used_perm(const struct node *n)
+{
+    unsigned perm = 0;
+    struct root *r;
+    TAILQ_FOREACH (r, &n->graph->roots, link)
+        perm |= root_uses(r, n) ? root_perm(r, n) : 0;
+    for (unsigned i = 0; i < n->n_parents; i++)
+        perm |= used_perm(n->parents[i]);
+    return perm;
+}
+
+/* A file is written through one node only, as far as it is locked. The driver's locks do not say
+ * so among our own nodes, for what claims have locked is in nobody's way. */
+static const struct node *written_beside(const struct node *n, const struct node **file)
+{
+    const struct node *other, *found = NULL;
+    *file = n;
+    TAILQ_FOREACH (other, &n->graph->nodes, link) {
+        if (n->ops->same_locks && other != n && n->ops->same_locks(n, other) &&
+            used_perm(other) & ROOT_WRITE)
+            return other;
+    }
+    for (unsigned i = 0; i < n->n_children && !found; i++)
+        found = written_beside(n->child[i], file);
+    return found;
+}
+
 int root_check(struct node *n, unsigned perm, const char *what, struct tide_error *err)
 {
     if (!(perm & ROOT_WRITE))
@@ -337,6 +365,11 @@ int root_check(struct node *n, unsigned perm, const char *what, struct tide_erro
             "%s cannot write to node '%s': node '%s' has bitmaps or a job that would miss "
             "the changes; use '%s'",
             what, n->name, above->name, above->name);
+    const struct node *file, *beside = written_beside(n, &file);
+    if (beside)
+        return tide_fail(err, -EAGAIN,
+                         "%s: cannot get the \"write\" lock on '%s': node '%s' writes to it", what,
+                         file->filename, beside->name);
     return 0;
 }
 

@@ -5,7 +5,9 @@
  * shared OFD lock on byte 100 + p for each permission used, on byte 200 + p for each one that
  * nobody else may use (p: 0 consistent read, 1 write, 2 write unchanged, 3 resize); a conflict is
  * found by testing for an exclusive lock on the opposite byte (QEMU,
- * docs/system/qemu-block-drivers, "image locking"; bytes as seen on 7.2). Permissions are taken
+ * docs/system/qemu-block-drivers, "image locking"; bytes as seen on 7.2). What other nodes of ours
+ * hold of the file needs no test: no other process is in its way, and whether two of ours are is
+ * decided before (root_check()). Permissions are taken
  * when the node gets its first user, so a node without users locks nothing. A writer of ours shares
  * writing with nobody: changes that pass us by could not be tracked. */
 #include <assert.h>
@@ -206,11 +208,38 @@ static co_fn void drop_to(struct file *s, unsigned used, unsigned unshared)
     s->unshared &= unshared;
 }
 
+static bool file_same_locks(const struct node *n, const struct node *other)
+{
+    const struct file *a = n->state, *b = other->state;
+    return other->ops->same_locks == file_same_locks && a->locking && b->locking &&
+           a->dev == b->dev && a->ino == b->ino;
+}
+
+static int file_lock_test(struct node *n, uint64_t first, uint64_t len)
+{
+    struct file *s = n->state;
+    return io_file_lock_test(s->f, first, len, IO_LOCK_EXCLUSIVE);
+}
+
+/* What other nodes have locked of the same file. */
+static void add_held(const struct node *n, struct node_list *list, unsigned *used,
+                     unsigned *unshared)
+{
+    const struct node *other;
+    TAILQ_FOREACH (other, list, link) {
+        const struct file *s = other->state;
+        if (other == n || !n->ops->same_locks(n, other))
+            continue;
+        *used |= s->used;
+        *unshared |= s->unshared;
+    }
+}
+
 static int file_set_perm(struct node *n, unsigned perm, struct tide_error *err)
 {
     static const char *const words[] = {"consistent read", "write", "write unchanged", "resize"};
     struct file *s = n->state;
-    unsigned used = 0, unshared = 0, which = 0;
+    unsigned used = 0, unshared = 0, which = 0, held_used = 0, held_unshared = 0;
     if (!s->locking || !s->f)
         return 0;
     if (perm)
@@ -227,10 +256,12 @@ static int file_set_perm(struct node *n, unsigned perm, struct tide_error *err)
     if (r == 0)
         r = lock_bits(s, LOCK_UNSHARED, unshared & ~s->unshared, IO_LOCK_SHARED);
     s->unshared |= unshared;
+    add_held(n, &n->graph->nodes, &held_used, &held_unshared);
+    add_held(n, &n->graph->leaving, &held_used, &held_unshared);
     if (r == 0)
-        r = test_bits(s, LOCK_UNSHARED, used & ~old_used, &which);
+        r = test_bits(s, LOCK_UNSHARED, used & ~old_used & ~held_used, &which);
     if (r == 0)
-        r = test_bits(s, LOCK_USED, unshared & ~old_unshared, &which);
+        r = test_bits(s, LOCK_USED, unshared & ~old_unshared & ~held_unshared, &which);
     if (r < 0) {
         drop_to(s, old_used, old_unshared);
         if (r == -EAGAIN || r == -EACCES)
@@ -398,7 +429,8 @@ static uint64_t file_allocated(struct node *n)
     .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,             \
     .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,    \
     .flush = file_flush, .extent = file_extent, .offload = file_offload,                           \
-    .allocated = file_allocated, .is_file = file_is_file
+    .allocated = file_allocated, .is_file = file_is_file, .same_locks = file_same_locks,           \
+    .lock_test = file_lock_test
 
 const struct driver_ops file_driver = {.name = "file", .open = file_open, FILE_OPS};
 const struct driver_ops host_device_driver = {

@@ -100,9 +100,13 @@ struct found {
     struct io_stat st;
 };
 
-static co_fn int check_unlocked(struct io_file *f, const char *path, struct tide_error *err)
+/* `left`: a node of ours that the list has taken out of sight may still have locked it, or NULL. */
+static co_fn int check_unlocked(struct io_file *f, struct node *left, const char *path,
+                                struct tide_error *err)
 {
-    int r = io_file_lock_test(f, LOCK_FIRST, LOCK_END - LOCK_FIRST, IO_LOCK_EXCLUSIVE);
+    const uint64_t len = LOCK_END - LOCK_FIRST;
+    int r = left ? node_lock_test(left, LOCK_FIRST, len)
+                 : io_file_lock_test(f, LOCK_FIRST, len, IO_LOCK_EXCLUSIVE);
     if (r == -EAGAIN || r == -EACCES)
         return tide_fail(err, -EBUSY, "file '%s' is in use by another process", path);
     return 0; /* a file system without locks has no users to tell */
@@ -139,7 +143,7 @@ static co_fn int look_closer(const char *path, struct graph *g, struct found *at
                       "use it with mode=existing",
                       path, at->st.nlink);
     if (r == 0)
-        r = check_unlocked(f, path, err);
+        r = check_unlocked(f, graph_find_left_file(g, at->st.dev, at->st.ino), path, err);
     io_close(f);
     return r;
 }
