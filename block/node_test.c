@@ -13,6 +13,7 @@
 #include "base/bytes.h"
 #include "base/mem.h"
 #include "block/driver.h"
+#include "block/root.h"
 #include "io/io.h"
 #include "schema/types.h"
 
@@ -142,7 +143,15 @@ static const struct driver_ops fake_driver = {
     .discard = fake_discard,
     .flush = fake_flush,
 };
-const struct driver_ops *const drivers[] = {&fake_driver, NULL};
+
+static int over_open(struct node *n, const struct q_blockdev_options *o, struct tide_error *err)
+{
+    return node_open_child(n, "file", o->u.raw.file, err);
+}
+
+static const struct driver_ops over_driver = {
+    .name = "raw", .open = over_open, .close = fake_close};
+const struct driver_ops *const drivers[] = {&fake_driver, &over_driver, NULL};
 
 /* ------------------------------------------------------------------ a graph in a loop */
 
@@ -430,11 +439,37 @@ static co_fn void detect_unaligned_body(struct graph *g)
     CHECK(fake->disk[4096] == 0 && fake->disk[8192] == 'o');
 }
 
+/* A node that a list has taken out of sight may come back: what a claim has of it, it has of those
+ * below, too, whoever uses those meanwhile. */
+static co_fn void claims_outlast_sight_body(struct graph *g)
+{
+    const unsigned both = ROOT_READ | ROOT_WRITE;
+    struct q_blockdev_ref ref = {.kind = Q_KIND_STRING, .string = "n"};
+    struct q_blockdev_options o = {
+        .driver = Q_BLOCKDEV_DRIVER_RAW, .node_name = "over", .u.raw.file = &ref};
+    struct tide_error err;
+    struct root *claim, *other;
+    struct node *over, *n = add(g, &(struct q_blockdev_options){0}, DISK, 1);
+    CHECK(graph_add(g, &o, &over, &err) == 0);
+    CHECK(root_claim(over, both, "export 'e'", &claim, &err) == 0);
+    graph_unpublish(over);
+    CHECK(root_new(n, ROOT_READ, "export 'f'", &other, &err) == 0 && n->perm == both);
+    root_free(other);
+    CHECK(n->perm == both);
+    graph_publish(over);
+    CHECK(n->perm == both);
+    graph_unpublish(over);
+    root_free(claim);
+    CHECK(n->perm == 0);
+    graph_close(over, false);
+}
+
 #define TESTS(X)                                                                                   \
     X(mark_first)                                                                                  \
     X(refused)                                                                                     \
     X(overlap)                                                                                     \
     X(whole_blocks)                                                                                \
+    X(claims_outlast_sight)                                                                        \
     X(rest) X(read_fails) X(detect_off) X(detect_on) X(detect_unmap) X(detect_unaligned)
 #define DEFINE(name)                                                                               \
     static void name(void **state)                                                                 \
