@@ -182,8 +182,11 @@ class Daemon:
             return f.read()
 
     def __exit__(self, kind, value, tb):
+        died = self.proc.poll() is not None
         try:
-            if kind is None and self.proc.poll() is None:
+            if kind is None and died and self.quit_check:  # also in a fixture, which hears of no failure
+                print(f'--- {self.kind} has ended by itself with {self.proc.returncode}:\n{self.log()}')
+            if kind is None and not died:
                 code = self.stop()
                 if self.quit_check:
                     assert code == 0, f'exit code {code}: {self.log()}'

@@ -268,7 +268,7 @@ def make_list(r, s):
 
 
 def test_random_lists():
-    seed = int(os.environ.get('TIDEMARK_MIXED_SEED', str(random.SystemRandom().randrange(2 ** 32))))
+    seed = int(os.environ.get('TIDEMARK_MIXED_SEED', '1'))
     print(f'TIDEMARK_MIXED_SEED={seed} TIDEMARK_MIXED_LISTS={LISTS}')
     r = random.Random(seed)
     n_failed = 0
