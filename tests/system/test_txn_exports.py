@@ -715,3 +715,45 @@ def test_a_disk_that_hangs_does_not_keep_its_export():
         txn(d, delete('exp-e', 'hard'))
         assert time.monotonic() - before < 0.5
         d.qmp.event('BLOCK_EXPORT_DELETED', id='exp-e')
+
+
+# ---------------------------------------------------------------- nodes that come and go beside
+
+def node_add(name, file):
+    return act('blockdev-add', driver='raw', node_name=name, file=file)
+
+
+NEW_FILE = {'driver': 'null-co', 'node-name': 'n-file', 'size': SIZE}
+
+
+@pytest.mark.parametrize('how', ['dry', 'abort', 'record'])
+@pytest.mark.parametrize('make', [
+    [node_add('n', NEW_FILE), add('x', 'n', writable=True)], [node_add('n', NEW_FILE), add('x', 'n-file')],
+    [node_add('n', 'c-file'), add('x', 'n', writable=True)], [node_add('n', NEW_FILE), set_node('e', 'n')],
+    [node_add('n', NEW_FILE), set_node('e', 'n-file')], [node_add('n', 'c-file'), set_node('e', 'n')]])
+def test_a_new_node_and_its_export_are_undone_together(d, make, how):
+    """What the export took of the node is given back after the node has gone out of sight."""
+    txn(d, add('e', 'a', writable=True))
+    before = d.cmd('query-named-block-nodes'), d.cmd('query-block-exports')
+    if how == 'dry':
+        assert txn(d, *make, dry_run=True)['outcome'] == 'would-commit'
+    elif how == 'abort':
+        assert fails(d, *make, ABORT).data['action'] == 2
+    else:
+        txn(d, *make)
+        back = set_node('e', 'a') if make[1]['type'].endswith('set-node') else delete('x')
+        txn(d, back, act('blockdev-del', node_name='n'))
+    assert (d.cmd('query-named-block-nodes'), d.cmd('query-block-exports')) == before
+    write(d, 'e', b'\x5a' * 4096, 0)
+
+
+@pytest.mark.parametrize('take', [delete('e'), set_node('e', 'b')])
+def test_an_export_and_its_node_go_in_one_list(d, take):
+    txn(d, add('e', 'a', writable=True))
+    before = d.cmd('query-named-block-nodes'), d.cmd('query-block-exports')
+    gone = [take, act('blockdev-del', node_name='a')]
+    assert fails(d, *gone, node_add('n', 'c-file'), add('x', 'n', writable=True), ABORT).data['action'] == 4
+    assert (d.cmd('query-named-block-nodes'), d.cmd('query-block-exports')) == before
+    write(d, 'e', b'\x5a' * 4096, 0)
+    txn(d, *gone)
+    assert 'a' not in [n['node-name'] for n in d.cmd('query-named-block-nodes')]
