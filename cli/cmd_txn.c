@@ -350,9 +350,9 @@ static int explain_here(struct cli *c, const struct txn_list *list, json_t **out
     if (r == 0) {
         r = footprint_explain(&f, EXPLAIN_MAX, out);
         if (r == -E2BIG)
-            cli_error("more than %u pairs of actions depend on each other: explain a part of the "
-                      "list",
-                      EXPLAIN_MAX);
+            cli_error("more than %u pairs of actions depend on each other, or for more than %u "
+                      "reasons: explain a part of the list",
+                      EXPLAIN_MAX, EXPLAIN_MAX * EXPLAIN_WHY);
         else if (r < 0)
             cli_error("out of memory");
     }

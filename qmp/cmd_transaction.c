@@ -151,9 +151,9 @@ static co_fn int explain(struct qmp_call *call, const struct action *a, size_t n
     footprint_free(&f);
     if (r == -E2BIG)
         return tide_fail(err, r,
-                         "more than %u pairs of actions depend on each other: explain a "
-                         "part of the list",
-                         EXPLAIN_MAX);
+                         "more than %u pairs of actions depend on each other, or for more than %u "
+                         "reasons: explain a part of the list",
+                         EXPLAIN_MAX, EXPLAIN_MAX * EXPLAIN_WHY);
     return r < 0 ? no_memory(err) : 0;
 }
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Which actions of a list depend on which: for every two of them the names that one writes and the
- * other reads or writes. Names are found by a table of lists, one for each name; those that stand
- * for "any" of a kind are compared with all of that kind. */
+ * other reads or writes. Names are found by a table of chains, one for each name, and those that
+ * stand for "any" of a kind by one for each kind. What is looked at becomes an edge, or a reason
+ * for one, so the work is in proportion to the list and the answer. */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -42,16 +43,35 @@ static json_t *describe(const struct store_name *n)
 
 /* ------------------------------------------------------------------ who meets whom */
 
+/* Uses that a later one may meet, newest first: indices + 1 into `older`. Who only reads meets
+ * writers only, so that a thousand readers of one name are not looked at by each of them. */
+struct chain {
+    size_t all, writers;
+};
+
+struct links {
+    size_t all, writer;
+};
+
+#define KINDS (STORE_FILE + 1)
+
+/* The edge between the action that is looked at and an earlier one. */
+struct edge_slot {
+    json_t *edge;
+    unsigned action; /* stale, if not that one */
+};
+
 struct explain {
     const struct footprint *f;
-    /* Index + 1 of the newest: of the named uses that write, and that read, by the hash of the
-     * name; of those of any name. Looking and looking do not meet, so readers walk the writers
-     * alone. */
-    size_t *writers, *readers, mask, any;
-    size_t *next; /* of a use: the one before it in its list */
+    struct chain *named; /* by name */
+    size_t mask;
+    struct links *by_name;     /* of a use: the one before it with its name, or its hash */
+    struct links *by_kind;     /* of a use: the one before it of its kind, or "any" of it */
+    struct chain any[KINDS];   /* uses that stand for all of a kind */
+    struct chain known[KINDS]; /* the others */
     json_t *list;
-    size_t n, max;
-    json_t **of_action; /* while one action is looked at: the edge to each earlier one, or NULL */
+    size_t n, max, n_why;
+    struct edge_slot *of_action;
 };
 
 static size_t hash_name(const struct store_name *n)
@@ -62,8 +82,9 @@ static size_t hash_name(const struct store_name *n)
 
 static int edge_to(struct explain *x, unsigned action, unsigned on, json_t **out)
 {
-    *out = x->of_action[on];
-    if (*out)
+    struct edge_slot *slot = &x->of_action[on];
+    *out = slot->edge;
+    if (*out && slot->action == action)
         return 0;
     if (x->n++ == x->max)
         return -E2BIG;
@@ -72,16 +93,28 @@ static int edge_to(struct explain *x, unsigned action, unsigned on, json_t **out
         json_pack("{s:i,s:i,s:o}", "action", (int)action, "on", (int)on, "because", because);
     if (!edge || json_array_append_new(x->list, edge) < 0)
         return -ENOMEM;
-    *out = x->of_action[on] = edge;
+    *slot = (struct edge_slot){edge, action};
+    *out = edge;
     return 0;
+}
+
+#define REASONS_COMPARED 32u /* the first ones; who reads more will not miss a repetition */
+
+/* An action may use a name and "any" of its kind. */
+static bool has_reason(const json_t *because, const json_t *why)
+{
+    for (size_t i = 0; i < json_array_size(because) && i < REASONS_COMPARED; i++) {
+        if (json_equal(json_array_get(because, i), why))
+            return true;
+    }
+    return false;
 }
 
 /* `later` and an earlier use of what may be the same name. */
 static int meet(struct explain *x, const struct name_use *later, const struct name_use *earlier)
 {
     json_t *edge;
-    if (earlier->action == later->action || !(earlier->writes || later->writes) ||
-        !store_name_meets(&earlier->name, &later->name))
+    if (earlier->action == later->action || !store_name_meets(&earlier->name, &later->name))
         return 0;
     int r = edge_to(x, later->action, earlier->action, &edge);
     if (r < 0)
@@ -90,131 +123,167 @@ static int meet(struct explain *x, const struct name_use *later, const struct na
                             describe(earlier->name.a ? &earlier->name : &later->name), "before",
                             earlier->writes ? "writes" : "reads", "after",
                             later->writes ? "writes" : "reads");
-    json_t *because = json_object_get(edge, "because"), *have;
-    size_t i;
-    json_array_foreach (because, i, have) {
-        if (why && json_equal(have, why)) {
-            json_decref(why);
-            return 0;
-        }
+    json_t *because = json_object_get(edge, "because");
+    if (why && has_reason(because, why)) {
+        json_decref(why);
+        return 0;
     }
-    return json_array_append_new(because, why) < 0 ? -ENOMEM : 0;
+    r = json_array_append_new(because, why);
+    return r < 0 ? -ENOMEM : x->n_why++ == x->max * EXPLAIN_WHY ? -E2BIG : 0;
 }
 
-/* Newest first, of both lists. */
-static int meet_lists(struct explain *x, size_t i, size_t w, size_t r)
+static int meet_chain(struct explain *x, const struct name_use *u, const struct chain *c,
+                      const struct links *older)
 {
-    const struct name_use *u = x->f->use;
-    int err = 0;
-    while ((w || r) && err == 0) {
-        size_t *k = w > r ? &w : &r;
-        err = meet(x, &u[i], &u[*k - 1]);
-        *k = x->next[*k - 1];
-    }
-    return err;
+    int r = 0;
+    for (size_t k = u->writes ? c->all : c->writers; k && r == 0;
+         k = u->writes ? older[k - 1].all : older[k - 1].writer)
+        r = meet(x, u, &x->f->use[k - 1]);
+    return r;
 }
 
-/* The same use again, by the same action: a merge reads its node once for each source. */
-static bool repeats(const struct explain *x, size_t i, size_t head)
+static void join_chain(struct explain *x, size_t i, struct chain *c, struct links *older)
 {
-    const struct name_use *u = &x->f->use[i], *have = head ? &x->f->use[head - 1] : NULL;
-    return have && have->action == u->action && have->writes == u->writes && have->name.a &&
-           u->name.a && store_name_meets(&have->name, &u->name);
+    older[i] = (struct links){c->all, c->writers};
+    c->all = i + 1;
+    if (x->f->use[i].writes)
+        c->writers = i + 1;
+}
+
+static bool same_name(const struct store_name *a, const struct store_name *b)
+{
+    return a->kind == b->kind && !a->a == !b->a && !a->b == !b->b && same_text(a->a, b->a) &&
+           same_text(a->b, b->b);
+}
+
+/* Has its action used that name in that way before? Those of one action stand together. */
+static bool is_repeated(const struct explain *x, size_t i, const struct chain *c,
+                        const struct links *older)
+{
+    const struct name_use *u = &x->f->use[i];
+    for (size_t k = c->all; k && x->f->use[k - 1].action == u->action; k = older[k - 1].all) {
+        if (x->f->use[k - 1].writes == u->writes && same_name(&x->f->use[k - 1].name, &u->name))
+            return true;
+    }
+    return false;
 }
 
 static int meet_named(struct explain *x, size_t i)
 {
     const struct name_use *u = &x->f->use[i];
-    size_t slot = hash_name(&u->name) & x->mask;
-    size_t *head = u->writes ? &x->writers[slot] : &x->readers[slot];
-    if (repeats(x, i, *head))
+    struct chain *c = &x->named[hash_name(&u->name) & x->mask];
+    if (is_repeated(x, i, c, x->by_name))
         return 0;
-    int r = meet_lists(x, i, x->writers[slot], u->writes ? x->readers[slot] : 0);
-    x->next[i] = *head;
-    *head = i + 1;
+    int r = meet_chain(x, u, &x->any[u->name.kind], x->by_kind);
+    if (r == 0)
+        r = meet_chain(x, u, c, x->by_name);
+    join_chain(x, i, c, x->by_name);
+    join_chain(x, i, &x->known[u->name.kind], x->by_kind);
     return r;
 }
 
-/* "Any" meets all that came before it. */
-static int meet_all(struct explain *x, size_t i)
+/* "Any" meets all that came before it; all that come after meet it. */
+static int meet_any(struct explain *x, size_t i)
 {
-    int r = 0;
-    for (size_t k = 0; k < i && r == 0; k++)
-        r = meet(x, &x->f->use[i], &x->f->use[k]);
-    x->next[i] = x->any;
-    x->any = i + 1;
+    const struct name_use *u = &x->f->use[i];
+    struct chain *c = &x->any[u->name.kind];
+    if (is_repeated(x, i, c, x->by_kind))
+        return 0;
+    int r = meet_chain(x, u, c, x->by_kind);
+    if (r == 0)
+        r = meet_chain(x, u, &x->known[u->name.kind], x->by_kind);
+    join_chain(x, i, c, x->by_kind);
     return r;
 }
 
 static int find_edges(struct explain *x)
 {
-    const struct footprint *f = x->f;
-    unsigned action = 0;
     int r = 0;
-    for (size_t i = 0; i < f->n_uses && r == 0; i++) {
-        if (f->use[i].action != action) {
-            memset(x->of_action, 0, f->use[i].action * sizeof *x->of_action);
-            action = f->use[i].action;
-        }
-        if (!f->use[i].name.a) {
-            r = meet_all(x, i);
-            continue;
-        }
-        r = meet_lists(x, i, x->any, 0);
-        if (r == 0)
-            r = meet_named(x, i);
-    }
+    for (size_t i = 0; i < x->f->n_uses && r == 0; i++)
+        r = x->f->use[i].name.a ? meet_named(x, i) : meet_any(x, i);
     return r;
 }
 
 /* ------------------------------------------------------------------ what is held */
 
-static int add_hold(json_t *list, const struct node_hold *h)
+struct held {
+    size_t *bucket, mask; /* index of the newest + 1 */
+    size_t *older;
+    json_t **row;
+};
+
+static const char *held_name(const struct node_hold *h)
 {
-    const char *key = h->node ? "node" : "export", *name = h->node ? h->node : h->export;
-    json_t *row;
-    size_t i;
-    json_array_foreach (list, i, row) {
-        const char *have = json_string_value(json_object_get(row, key));
-        if (!have || strcmp(have, name))
+    return h->node ? h->node : h->export;
+}
+
+static int add_hold(struct held *x, json_t *list, const struct node_hold *hold, size_t i)
+{
+    const struct node_hold *h = &hold[i];
+    const char *name = held_name(h);
+    size_t *head = &x->bucket[XXH64(name, strlen(name), !h->node) & x->mask];
+    for (size_t k = *head; k; k = x->older[k - 1]) {
+        if (!hold[k - 1].node != !h->node || strcmp(held_name(&hold[k - 1]), name))
             continue;
         if (h->all)
-            json_object_set_new(row, "requests", json_string("all"));
+            json_object_set_new(x->row[k - 1], "requests", json_string("all"));
         return 0;
     }
-    row = json_pack("{s:s,s:s}", key, name, "requests", h->all ? "all" : "writes");
-    return json_array_append_new(list, row) < 0 ? -ENOMEM : 0;
+    x->older[i] = *head;
+    *head = i + 1;
+    x->row[i] = json_pack("{s:s,s:s}", h->node ? "node" : "export", name, "requests",
+                          h->all ? "all" : "writes");
+    return json_array_append_new(list, x->row[i]) < 0 ? -ENOMEM : 0;
+}
+
+static size_t mask_for(size_t n)
+{
+    size_t mask = 15;
+    while (mask < n)
+        mask = mask * 2 + 1;
+    return mask;
 }
 
 static int holds(const struct footprint *f, json_t *list)
 {
-    int r = list ? 0 : -ENOMEM;
+    struct held x = {.mask = mask_for(f->n_holds)};
+    x.bucket = mem_calloc(x.mask + 1, sizeof *x.bucket);
+    x.older = mem_calloc(f->n_holds + 1, sizeof *x.older);
+    x.row = mem_calloc(f->n_holds + 1, sizeof *x.row);
+    int r = list && x.bucket && x.older && x.row ? 0 : -ENOMEM;
     for (size_t i = 0; i < f->n_holds && r == 0; i++)
-        r = add_hold(list, &f->hold[i]);
+        r = add_hold(&x, list, f->hold, i);
+    mem_free(x.bucket);
+    mem_free(x.older);
+    mem_free(x.row);
     return r;
+}
+
+static int explain_alloc(struct explain *x)
+{
+    const struct footprint *f = x->f;
+    unsigned n = f->n_uses ? f->use[f->n_uses - 1].action + 1 : 1;
+    x->mask = mask_for(f->n_uses);
+    x->named = mem_calloc(x->mask + 1, sizeof *x->named);
+    x->by_name = mem_calloc(f->n_uses + 1, sizeof *x->by_name);
+    x->by_kind = mem_calloc(f->n_uses + 1, sizeof *x->by_kind);
+    x->of_action = mem_calloc(n, sizeof *x->of_action);
+    x->list = json_array();
+    return x->named && x->by_name && x->by_kind && x->of_action && x->list ? 0 : -ENOMEM;
 }
 
 int footprint_explain(const struct footprint *f, size_t max, json_t **out)
 {
-    struct explain x = {.f = f, .max = max, .mask = 15};
-    while (x.mask < f->n_uses)
-        x.mask = x.mask * 2 + 1;
-    unsigned n = f->n_uses ? f->use[f->n_uses - 1].action + 1 : 1;
-    x.writers = mem_calloc(x.mask + 1, sizeof *x.writers);
-    x.readers = mem_calloc(x.mask + 1, sizeof *x.readers);
-    x.next = mem_calloc(f->n_uses + 1, sizeof *x.next);
-    x.of_action = mem_calloc(n, sizeof *x.of_action);
-    x.list = json_array();
+    struct explain x = {.f = f, .max = max};
     json_t *held = json_array();
-    int r =
-        x.writers && x.readers && x.next && x.of_action && x.list && !f->no_memory ? 0 : -ENOMEM;
+    int r = f->no_memory ? -ENOMEM : explain_alloc(&x);
     if (r == 0)
         r = find_edges(&x);
     if (r == 0)
         r = holds(f, held);
-    mem_free(x.writers);
-    mem_free(x.readers);
-    mem_free(x.next);
+    mem_free(x.named);
+    mem_free(x.by_name);
+    mem_free(x.by_kind);
     mem_free(x.of_action);
     if (r == 0) {
         *out = json_pack("{s:O,s:O}", "dependencies", x.list, "holds", held);

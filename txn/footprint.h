@@ -59,5 +59,6 @@ bool store_name_meets(const struct store_name *a, const struct store_name *b);
 
 /* Which actions of a list depend on which, and why: a new JSON object {dependencies: [{action, on,
  * because: [..]}], holds: [{node | export, requests}]}, both indices from 0, `on` < `action`.
- * -E2BIG: more than `max` dependencies. */
+ * -E2BIG: more than `max` dependencies, or EXPLAIN_WHY times as many reasons. */
+#define EXPLAIN_WHY 10u
 int footprint_explain(const struct footprint *f, size_t max, json_t **out);

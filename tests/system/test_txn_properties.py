@@ -341,3 +341,25 @@ def test_a_copy_is_taken_back(d):
         txn(d, [act('copy', node='d0', name='c', bitmaps=['a']), act('remove', node='d0', name='a'),
                 act('rename', node='d0', name='c', new_name='a'), {'type': 'abort', 'data': {}}])
     assert dump(d) == before
+
+
+def test_explaining_a_long_list_takes_no_time(d):
+    """The daemon answers nobody else meanwhile. Linear; each of these took ten seconds and more."""
+    lists = ([act('add', node='d0', name=f'b{i}') for i in range(30000)],
+             [act('add', node=f'n{i}', name='b') for i in range(30000)],
+             [{'type': 'block-export-del', 'data': {'id': 'e'}},
+              act('merge', node='d0', target='t', bitmaps=[f'b{i}' for i in range(30000)])])
+    for actions, n_edges, n_holds in zip(lists, (0, 0, 1), (1, 30000, 1)):
+        start = time.monotonic()
+        edges, holds = explained(d, actions)
+        assert time.monotonic() - start < 8
+        assert len(edges) == n_edges and len(holds) == n_holds
+    assert len(edges[1, 0]) == 30001  # the state of each
+
+
+def test_explaining_does_not_fill_the_memory(d):
+    """Each of 50 deletions concerns the bitmaps of each of 50 merges: 2500 pairs, 500000 reasons."""
+    merges = [act('merge', node='d0', target='t', bitmaps=[f'b{k}' for k in range(200)])] * 50
+    dels = [{'type': 'block-export-del', 'data': {'id': 'e'}}] * 50
+    with pytest.raises(QmpError, match='more than 10000 pairs .* or for more than 100000 reasons'):
+        txn(d, merges + dels, explain=True)
