@@ -4,6 +4,7 @@
 #include "txn/footprint.h"
 
 #include <assert.h>
+#include <string.h>
 
 #include "base/mem.h"
 #include "schema/types.h"
@@ -30,7 +31,7 @@ static void use(struct footprint *f, bool writes, enum store_kind kind, const ch
         f->no_memory = true;
         return;
     }
-    f->use[f->n_uses++] = (struct name_use){{kind, a, b}, f->action, writes};
+    f->use[f->n_uses++] = (struct name_use){{kind, a, b}, f->action, writes, false};
 }
 
 static void reads(struct footprint *f, enum store_kind kind, const char *a, const char *b)
@@ -158,6 +159,36 @@ static void copy_footprint(const struct q_block_dirty_bitmap_copy *a, struct foo
     writes_bitmap(f, a->node, a->name);
 }
 
+/* ------------------------------------------------------------------ what is known */
+
+#define LOOK_BACK 4096u /* uses; a list that names more is not searched */
+
+/* Does an earlier action of the list make or change an export that may be this one? */
+static bool changed_before(const struct footprint *f, const char *id)
+{
+    const struct store_name name = {STORE_EXPORT, id, NULL};
+    if (f->n_uses > LOOK_BACK)
+        return true;
+    for (size_t i = 0; i < f->n_uses; i++) {
+        if (f->use[i].writes && f->use[i].action != f->action &&
+            store_name_meets(&f->use[i].name, &name))
+            return true;
+    }
+    return false;
+}
+
+/* Does an earlier action make a node of that name? Then nobody can look at its children yet. */
+static bool made_before(const struct footprint *f, const char *node)
+{
+    if (f->n_uses > LOOK_BACK)
+        return true;
+    for (size_t i = 0; i < f->n_uses; i++) {
+        if (f->use[i].makes && f->use[i].action != f->action && !strcmp(f->use[i].name.a, node))
+            return true;
+    }
+    return false;
+}
+
 /* ------------------------------------------------------------------ nodes */
 
 static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref);
@@ -166,8 +197,11 @@ static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref);
  * is bounded by what the parser takes. */
 static void node_footprint(const struct q_blockdev_options *o, struct footprint *f)
 {
-    if (o->node_name)
+    if (o->node_name) {
         writes(f, STORE_NODE, o->node_name, NULL);
+        if (!f->no_memory)
+            f->use[f->n_uses - 1].makes = true;
+    }
     switch (o->driver) {
     case Q_BLOCKDEV_DRIVER_FILE:
         return reads(f, STORE_FILE, o->u.file.filename, NULL);
@@ -195,11 +229,15 @@ static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref)
 
 #define CHILDREN_DEPTH 64u /* nodes stand no deeper on each other */
 
-/* They go with it or lose a user. */
+/* They go with it or lose a user: any, if they cannot be told. */
 static void writes_children(struct footprint *f, const char *node, unsigned depth)
 {
     const struct footprint_lookup *l = f->lookup;
     const char *child;
+    if (!l || made_before(f, node)) {
+        writes(f, STORE_NODE, NULL, NULL);
+        return;
+    }
     for (unsigned i = 0; depth && (child = l->node_child(l->arg, node, i)); i++) {
         writes(f, STORE_NODE, child, NULL);
         writes_children(f, child, depth - 1);
@@ -219,10 +257,7 @@ static void del_footprint(const struct q_blockdev_del *a, struct footprint *f)
 {
     writes(f, STORE_NODE, a->node_name, NULL);
     writes_bitmaps_of(f, a->node_name);
-    if (f->lookup)
-        writes_children(f, a->node_name, CHILDREN_DEPTH);
-    else
-        writes(f, STORE_NODE, NULL, NULL);
+    writes_children(f, a->node_name, CHILDREN_DEPTH);
 }
 
 /* ------------------------------------------------------------------ jobs */
@@ -260,20 +295,6 @@ static void drive_backup_footprint(const struct q_drive_backup *a, struct footpr
 
 /* ------------------------------------------------------------------ exports */
 
-#define LOOK_BACK 4096u /* uses; a list that names more is not searched */
-
-/* Does an earlier action of the list make or change an export that may be this one? */
-static bool changed_before(const struct footprint *f, const char *id)
-{
-    const struct store_name name = {STORE_EXPORT, id, NULL};
-    for (size_t i = 0; i < f->n_uses && i < LOOK_BACK; i++) {
-        if (f->use[i].writes && f->use[i].action != f->action &&
-            store_name_meets(&f->use[i].name, &name))
-            return true;
-    }
-    return f->n_uses > LOOK_BACK;
-}
-
 /* The node that an export shows, which is in use by it: any, if it cannot be told. */
 static void reads_node_of(struct footprint *f, const char *id)
 {
@@ -282,15 +303,18 @@ static void reads_node_of(struct footprint *f, const char *id)
     reads(f, STORE_NODE, node, NULL);
 }
 
-/* A bare name may be that of a bitmap of the node or of one further down. */
+/* A bare name may be that of a bitmap of the node or of one further down: of any, if it cannot be
+ * told which those are. */
 static void owns_by_name(struct footprint *f, const char *node, const char *name)
 {
     const struct footprint_lookup *l = f->lookup;
-    reads(f, STORE_BITMAP, l ? node : NULL, l ? name : NULL);
-    writes(f, STORE_BITMAP_STATE, l ? node : NULL, l ? name : NULL);
-    while (l && (node = l->node_child(l->arg, node, 0))) {
+    for (; node; node = l->node_child(l->arg, node, 0)) {
+        if (!l || made_before(f, node))
+            node = name = NULL;
         reads(f, STORE_BITMAP, node, name);
         writes(f, STORE_BITMAP_STATE, node, name);
+        if (!node)
+            return;
     }
 }
 

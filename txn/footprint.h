@@ -19,6 +19,7 @@ struct name_use {
     struct store_name name; /* name.a NULL: any of its kind */
     unsigned action;        /* index in the list */
     bool writes;
+    bool makes; /* a node comes to be under the name */
 };
 
 /* A node whose users are held, by its name or by that of an export which shows it. */

@@ -343,6 +343,30 @@ def test_a_copy_is_taken_back(d):
     assert dump(d) == before
 
 
+def node_add(name, file):
+    return {'type': 'blockdev-add', 'data': {'driver': 'raw', 'node-name': name, 'file': file}}
+
+
+def node_del(name):
+    return {'type': 'blockdev-del', 'data': {'node-name': name}}
+
+
+def test_what_stands_under_a_node_of_the_list_itself_may_be_any(d):
+    """Nobody can look at the children of a node that is not there yet, or will be another one."""
+    export = {'type': 'block-export-add', 'data': {'type': 'nbd', 'id': 'e', 'node-name': 'n', 'writable': True,
+                                                   'bitmaps': ['b']}}
+    edges, _ = explained(d, [node_add('n', 'd0-file'), act('add', node='d0-file', name='b'), export])
+    assert (2, 1) in edges
+    null = {'type': 'blockdev-add', 'data': {'driver': 'null-co', 'node-name': 'under', 'size': MiB}}
+    edges, _ = explained(d, [null, node_add('n', 'under'), node_del('n'), node_del('under')])
+    assert (3, 2) in edges
+    edges, _ = explained(d, [node_del('d0'), node_add('d0', 'd1-file'), act('add', node='d1-file', name='b'),
+                             {**export, 'data': {**export['data'], 'node-name': 'd0'}}])
+    assert (3, 2) in edges
+    edges, _ = explained(d, [node_del('d0'), act('add', node='d1', name='b')])
+    assert edges == {}
+
+
 def test_explaining_a_long_list_takes_no_time(d):
     """The daemon answers nobody else meanwhile. Linear; each of these took ten seconds and more."""
     lists = ([act('add', node='d0', name=f'b{i}') for i in range(30000)],
