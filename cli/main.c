@@ -192,10 +192,10 @@ static const struct cli_command commands[] = {
      cmd_job_cancel},
     {"txn run", "FILE", "carry out a list of actions: all or none",
      "If an action fails, all before it are undone, and where it stands is printed.\n" TXN_LIST
-     "The outcome of a list that is sent with an id is remembered by the daemon, as long\n"
-     "as it runs: the same list under the same id is not carried out again. --retry\n"
-     "makes use of that: if the connection is lost before the answer, it connects again\n"
-     "and sends the same.\n"
+     "The outcome of a list that is sent with an id is remembered by the daemon, as\n"
+     "long as it runs: the same list under the same id is not carried out again.\n"
+     "--retry makes use of that: if the connection is lost before the answer, it\n"
+     "connects again and sends the same.\n"
      "\n"
      "Examples:\n"
      "  tidemark txn run nightly.txn --grouped\n"
@@ -210,9 +210,9 @@ static const struct cli_command commands[] = {
      check_options, 1, 1, cmd_txn_check},
     {"txn explain", "FILE", "which actions of a list depend on which",
      "Two actions depend on each other if one writes what the other reads or writes:\n"
-     "they must stay in this order. Others may be swapped. Also printed: whose requests\n"
-     "would wait meanwhile. Needs no daemon; with --socket it asks that one, which knows\n"
-     "more, such as the node that an export shows.\n" TXN_LIST "Examples:\n"
+     "they must stay in this order. Others may be swapped. Also printed: whose\n"
+     "requests would wait meanwhile. Needs no daemon; with --socket it asks that one,\n"
+     "which knows more, such as the node that an export shows.\n" TXN_LIST "Examples:\n"
      "  tidemark txn explain nightly.txn\n"
      "  tidemark txn explain nightly.txn --dot | dot -Tsvg > nightly.svg\n",
      explain_options, 1, 1, cmd_txn_explain},
