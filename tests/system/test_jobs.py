@@ -201,18 +201,6 @@ def test_verbs_waiting(d):
     d.qmp.job_end('j')
 
 
-def test_verbs_aborting(d):
-    """j has failed, but the group cannot end before k's request has come back."""
-    d.cmd('blockdev-add', driver='null-co', node_name='slow', size=SIZE, **{'latency-ns': 400_000_000})
-    faulty(d, 'bad', 'dst', {'iotype': 'write'})
-    fill(d.add_disk('src2', SIZE), SIZE)
-    transaction(d, ('blockdev-backup', backup_args('src2', 'slow', job_id='k')),
-                ('blockdev-backup', backup_args('src', 'bad')), grouped=True)
-    d.qmp.event('JOB_STATUS_CHANGE', id='j', status='aborting')
-    refuses_exactly(d, 'aborting', VERBS)
-    assert d.qmp.job_end('j')[-3:] == ['BLOCK_JOB_COMPLETED!', 'S:concluded', 'S:null']
-
-
 def test_unknown_jobs(d):
     for verb in ['pause', 'resume', 'cancel', 'complete', 'finalize', 'dismiss']:
         with refused('nope'):
