@@ -4,7 +4,7 @@
 Daemon A runs each list as one transaction, daemon B runs its actions as plain commands up to the first
 that fails. Both have to agree about the outcome, its text and the failing index; after success about
 every bit and flag; after a failure A has to be what it was. qemu-storage-daemon runs the same lists
-where it is known to do right. TIDEMARK_FUZZ_LISTS (300) lists; TIDEMARK_FUZZ_SEED repeats a run.
+where it is known to do right. TIDEMARK_FUZZ_LISTS (120) lists; TIDEMARK_FUZZ_SEED repeats a run.
 """
 import contextlib
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from harness import KiB, MiB, Daemon, QmpError, which
 
-LISTS = int(os.environ.get('TIDEMARK_FUZZ_LISTS', '300'))
+LISTS = int(os.environ.get('TIDEMARK_FUZZ_LISTS', '120'))
 SIZES = {'d': 4 * MiB + 512, 'e': 4 * MiB + 512, 'f': MiB}  # f's bitmaps fit no other node's
 NAMES = ['p', 'q', 'r', 's']
 GRANULARITIES = [512, 4 * KiB, 64 * KiB, MiB]
