@@ -15,7 +15,8 @@ co='co/co.c co/sync.c co/switch_x86_64.S'
 [ "$(uname -m)" = x86_64 ] || co='co/co.c co/sync.c co/switch_ucontext.c'
 base='base/error.c base/log.c base/mem.c'
 below=$(ls block/*.c drivers/*.c | grep -v '_test\.c$')
-core="$base $co $io bitmap/bitmap.c bitmap/bitmap_read.c bitmap/bitmap_whole.c bitmap/kernels.c $below
+bits=$(ls bitmap/*.c | grep -vE '_(test|bench|stress)\.c$')
+core="$base $co $io $bits $below
   schema/parse.c schema/keyval.c build/schema/tables.c build/schema/introspect.c event/event.c"
 
 # fuzz NAME SOURCE...

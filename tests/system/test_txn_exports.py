@@ -561,8 +561,8 @@ class Writer(threading.Thread):
             while self.todo or flying:
                 while self.todo and len(flying) < self.DEPTH:
                     off = self.todo.pop()
+                    self.asked.append(off)  # before it is sent: what is not here yet will be sent later
                     flying[self.h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(self.data(off))), off)] = off
-                    self.asked.append(off)
                 self.h.poll(1000)
                 for cookie in [c for c in flying if self.h.aio_command_completed(c)]:
                     self.answered.append(flying.pop(cookie))
