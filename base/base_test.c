@@ -83,6 +83,21 @@ static void error_is_cut_at_a_character(void **state)
     }
 }
 
+static void error_suffix(void **state)
+{
+    (void)state;
+    struct tide_error err;
+    tide_fail(&err, -EIO, "no");
+    tide_error_suffix(&err, "; and %s", "more");
+    assert_string_equal(err.msg, "no; and more");
+    while (strlen(err.msg) + 3 < sizeof err.msg)
+        tide_error_suffix(&err, "%s", "\u20ac");
+    size_t len = strlen(err.msg);
+    tide_error_suffix(&err, "%s", "\u20ac\u20ac"); /* what is there only in part goes */
+    assert_int_equal(strlen(err.msg), len);
+    assert_int_equal(err.code, -EIO);
+}
+
 static void error_prefix_longer_than_the_buffer(void **state)
 {
     char text[MSG_MAX + 2];
@@ -507,6 +522,7 @@ int main(void)
         cmocka_unit_test(error_takes_its_own_message),
         cmocka_unit_test(error_prefix),
         cmocka_unit_test(error_is_cut_at_a_character),
+        cmocka_unit_test(error_suffix),
         cmocka_unit_test(error_prefix_longer_than_the_buffer),
         cmocka_unit_test(error_leaves_bad_utf8_alone),
         cmocka_unit_test(class_names),

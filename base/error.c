@@ -88,6 +88,14 @@ void tide_error_prefix(struct tide_error *err, const char *fmt, ...)
     memcpy(err->msg, text, strlen(text) + 1);
 }
 
+void tide_error_suffix(struct tide_error *err, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    append(err->msg, sizeof err->msg, strlen(err->msg), fmt, ap);
+    va_end(ap);
+}
+
 const char *tide_class_name(enum tide_class class)
 {
     switch (class) {

@@ -39,6 +39,10 @@ int tide_fail_class(struct tide_error *err, enum tide_class class, int code, con
 void tide_error_prefix(struct tide_error *err, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* Put words behind it: msg + "; not undone: ...". */
+void tide_error_suffix(struct tide_error *err, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
+
 /* The QMP spelling of a class, such as "GenericError". */
 const char *tide_class_name(enum tide_class class);
 

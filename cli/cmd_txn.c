@@ -104,7 +104,8 @@ static int refused(struct cli *c, const struct txn_list *list, const struct tide
         cli_error("%s: %s", place, err->msg);
     }
     if (json_is_false(json_object_get(data, "undone")))
-        cli_hint("not all could be undone yet: the daemon goes on trying, see 'tidemark txn log'");
+        cli_hint("somebody else stood in the way of undoing all of it; what is left is said above, "
+                 "everything else is as it was");
     else if (json_is_true(json_object_get(data, "replayed")))
         cli_hint("this is what became of the list when its id was first sent: nothing was changed "
                  "then, and nothing was run now");

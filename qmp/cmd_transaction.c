@@ -79,8 +79,11 @@ static void describe_failure(struct qmp_call *call, const struct action *a,
 {
     if (res->failed < 0)
         return;
-    call->error_data = json_pack("{s:i,s:s,s:s,s:b}", "action", res->failed, "kind",
-                                 a[res->failed].entry->kind, "phase", res->phase, "undone", 1);
+    call->error_data =
+        json_pack("{s:i,s:s,s:s,s:b}", "action", res->failed, "kind", a[res->failed].entry->kind,
+                  "phase", res->phase, "undone", !res->not_undone);
+    if (res->not_undone && !res->replayed && call->error_data)
+        json_object_set_new(call->error_data, "pending", json_pack("[s]", res->left.msg));
     if (res->replayed && call->error_data)
         json_object_set_new(call->error_data, "replayed", json_true());
 }

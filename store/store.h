@@ -47,6 +47,7 @@ struct store_outcome {
     bool committed;
     int failed;        /* index of the action that failed, -1: none */
     const char *phase; /* a constant */
+    bool not_undone;   /* something outside was left, as `err` says */
     struct tide_error err;
 };
 

@@ -427,16 +427,20 @@ static co_fn int target_place(struct txn *t, const struct q_drive_backup *args, 
 /* ------------------------------------------------------------------ drive-backup */
 
 struct target_rec {
+    struct txn *t;
     struct target *x;
 };
 
 static co_fn void target_rec_unwind(void *p)
 {
-    struct target *x = ((struct target_rec *)p)->x;
+    struct target_rec *rec = p;
+    struct target *x = rec->x;
+    struct tide_error why;
     graph_withdraw(x->n);
     if (x->file) {
         x->path = node_set_filename(node_child(x->n, 0), x->path);
-        new_file_unplace(x->file);
+        if (new_file_unplace(x->file, &why) < 0)
+            txn_not_undone(rec->t, &why);
     }
 }
 
@@ -508,6 +512,7 @@ static co_fn int arm_target(struct txn *t, const struct action *a, struct target
         target_free(x);
         return r;
     }
+    rec->t = t;
     rec->x = *out = x;
     txn_arm(t, rec);
     return 0;

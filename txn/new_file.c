@@ -292,15 +292,16 @@ int new_file_place(struct new_file *f, struct graph *g, struct tide_error *err)
     if (r == 0 && (r = io_sync_dir(f->dir)) < 0)
         tide_fail(err, r, "cannot put file '%s' in place: its directory cannot be synced: %s",
                   f->path, tide_strerror(-r));
-    if (r < 0)
-        new_file_unplace(f);
+    struct tide_error why;
+    if (r < 0 && new_file_unplace(f, &why) < 0)
+        tide_error_suffix(err, "; and %s", why.msg);
     return r;
 }
 
-void new_file_unplace(struct new_file *f)
+int new_file_unplace(struct new_file *f, struct tide_error *err)
 {
     if (!f->placed)
-        return;
+        return 0;
     f->placed = false;
     int r = stands_at(f->path, f->dev, f->ino);
     f->unsure = r < 0; /* nearly always it is ours; what it was is looked at before it is removed */
@@ -310,13 +311,15 @@ void new_file_unplace(struct new_file *f)
         r = io_rename(f->exchanged ? f->temp : f->path, f->exchanged ? f->path : f->temp,
                       f->exchanged ? IO_EXCHANGE : IO_NOREPLACE);
     if (r == 0)
-        return;
+        return 0;
     f->lost = true;
     if (f->exchanged)
-        log_error("txn", "file '%s' cannot be put back: %s; it is at '%s'", f->path,
+        tide_fail(err, r, "file '%s' cannot be put back: %s; it is at '%s'", f->path,
                   tide_strerror(-r), f->temp);
     else
-        log_error("txn", "new file '%s' cannot be taken back: %s", f->path, tide_strerror(-r));
+        tide_fail(err, r, "new file '%s' cannot be taken back: %s", f->path, tide_strerror(-r));
+    log_error("txn", "%s", err->msg);
+    return r;
 }
 
 /* Ours if it is not in its place, else what was there before. */

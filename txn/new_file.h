@@ -32,9 +32,9 @@ const char *new_file_temp(const struct new_file *f); /* where its bytes are unti
 /* Durable on return. Refused where something stands at `path` that must not be replaced: open in a
  * node of this graph, locked by another process, not writable. On failure it is where it was. */
 co_fn int new_file_place(struct new_file *f, struct graph *g, struct tide_error *err);
-/* Cannot fail. If somebody else has replaced it meanwhile, theirs is left alone and the log says
- * where the file is that was there before. */
-co_fn void new_file_unplace(struct new_file *f);
+/* 0; or, if somebody else has replaced it meanwhile or the file system fails, -errno and where the
+ * file is that was there before: theirs is left alone, and there is nothing more to try. */
+co_fn int new_file_unplace(struct new_file *f, struct tide_error *err);
 /* Nobody has the file at the temporary name open. Frees `f`; NULL is fine. */
 co_fn void new_file_end(struct new_file *f);
 

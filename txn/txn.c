@@ -49,6 +49,7 @@ struct txn {
     int stage_failed; /* index of the action, -1: none */
     struct tide_error stage_err;
     struct action_report *report;
+    struct txn_result *res;
     uint64_t turn_began; /* ns: since when nobody else of the control loop has had a turn */
     unsigned steps;
 };
@@ -92,6 +93,13 @@ void txn_arm(struct txn *t, void *rec)
     assert(TAILQ_FIRST(&t->reserved) == u);
     TAILQ_REMOVE(&t->reserved, u, link);
     TAILQ_INSERT_TAIL(&t->armed, u, link);
+}
+
+void txn_not_undone(struct txn *t, const struct tide_error *why)
+{
+    if (!t->res->not_undone)
+        t->res->left = *why;
+    t->res->not_undone = true;
 }
 
 void *txn_staged(struct txn *t, const struct action *a)
@@ -419,7 +427,8 @@ static co_fn void remember_failure(struct txn *t, const struct txn_result *res,
     struct store_record rec = {.id = t->props->id};
     if (!rec.id || res->failed < 0)
         return;
-    rec.outcome = (struct store_outcome){.failed = res->failed, .phase = res->phase, .err = *why};
+    rec.outcome = (struct store_outcome){
+        .failed = res->failed, .phase = res->phase, .not_undone = res->not_undone, .err = *why};
     memcpy(rec.outcome.digest, t->props->digest, sizeof rec.outcome.digest);
     store_write_record(t->env->store, &rec, &ignored);
 }
@@ -457,6 +466,8 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
         res->held_ns = quiesce_age(q);
         quiesce_end(q);
     }
+    if (r < 0 && res->not_undone)
+        tide_error_suffix(err, "; not undone: %s", res->left.msg);
     release(t, &t->undone, true);
     release(t, &t->armed, false);
     unstage(t);
@@ -481,6 +492,7 @@ static int replay(const struct txn_env *env, const struct txn_props *p, struct t
     res->replayed = true;
     res->failed = o->failed;
     res->phase = o->phase;
+    res->not_undone = o->not_undone;
     if (!o->committed)
         *err = o->err;
     return o->committed ? 1 : err->code;
@@ -509,6 +521,7 @@ int txn_run(const struct txn_env *env, const struct action *actions, size_t n,
     TAILQ_INIT(&t.undone);
     TAILQ_INIT(&t.reserved);
     *res = (struct txn_result){.failed = -1};
+    t.res = res;
     graph_lock(env->graph);
     int r = replay(env, props, res, err);
     if (r == 0)

@@ -56,7 +56,8 @@ extern const struct action_entry txn_actions[];
 /* ------------------------------------------------------------------ for actions */
 
 /* Undo records. Reserve before the effect, so that arming cannot fail; a record that was not armed
- * is forgotten. No hook may fail, wait for a guest or need memory. All but unwind may be NULL. */
+ * is forgotten. No hook may fail, wait for a guest or need memory. All but unwind may be NULL.
+ * (What lies outside the daemon can be kept from being undone by others: txn_not_undone.) */
 struct undo_ops {
     co_fn void (*unwind)(void *rec); /* back to the state before the effect; guests are held */
     /* The list has happened; guests are held until `open` was called for all: */
@@ -69,6 +70,9 @@ struct undo_ops {
 };
 void *txn_reserve(struct txn *t, const struct undo_ops *ops, size_t size, struct tide_error *err);
 void txn_arm(struct txn *t, void *rec);
+/* For unwind, where somebody outside stands in the way (of a file): what is left, for the answer.
+ * The rest is undone all the same. */
+void txn_not_undone(struct txn *t, const struct tide_error *why);
 
 void *txn_staged(struct txn *t, const struct action *a); /* NULL: nothing was staged */
 struct job_group *txn_job_group(struct txn *t);          /* NULL unless completion-mode=grouped */
@@ -118,11 +122,13 @@ struct action_report {
 };
 
 struct txn_result {
-    int failed;        /* index of the action that failed, -1: none in particular */
-    const char *phase; /* "stage", "prepare", "record" when failed >= 0 */
-    bool replayed;     /* nothing was run: this is the outcome remembered under the id */
-    uint64_t held_ns;  /* how long guests were held */
-    size_t n_reports;  /* dry run: one for each action; given back with txn_result_free */
+    int failed;             /* index of the action that failed, -1: none in particular */
+    const char *phase;      /* "stage", "prepare", "record" when failed >= 0 */
+    bool not_undone;        /* when failed >= 0: something is left, as the error says, and, */
+    struct tide_error left; /* if not replayed, this */
+    bool replayed;          /* nothing was run: this is the outcome remembered under the id */
+    uint64_t held_ns;       /* how long guests were held */
+    size_t n_reports;       /* dry run: one for each action; given back with txn_result_free */
     struct action_report *report;
 };
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import threading
 
 import nbd
 import pytest
@@ -215,6 +216,63 @@ def test_the_reference_leaves_files_behind():
     assert now == before
     before, now = after('qsd')
     assert 'new' in now and now['old'][3] == SIZE and before['old'][3] == 1000
+
+
+class Intruder(threading.Thread):
+    """Puts a file of its own where the list made one, as soon as that is there."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.own, self.stop = path, path + '.intruder', False
+        self.before = os.stat(path).st_ino if os.path.exists(path) else None
+        fill(self.own, 100)
+        self.ino = os.stat(self.own).st_ino
+
+    def run(self):
+        while not self.stop:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self.path).st_ino != self.before:
+                    os.rename(self.own, self.path)
+                    return
+
+    def came_in(self):
+        self.stop = True
+        self.join()
+        return not os.path.exists(self.own)
+
+
+@pytest.mark.parametrize('old', [False, True], ids=['new', 'old'])
+def test_what_cannot_be_undone_is_told(d, old):
+    """Another process replaces the file while the list goes on: its file stays, the rest is undone."""
+    d.cmd('block-dirty-bitmap-add', node='d0', name='b')
+    idle = [bitmap('disable', 'd0', 'b')] * 20000
+    for turn in range(50):
+        path = d.path(f'target{turn}')
+        if old:
+            fill(path, 200)
+        content = read(path) if old else None
+        intruder = Intruder(path)
+        intruder.start()
+        with pytest.raises(QmpError) as e:
+            txn(d, [backup(path)] + idle + [{'type': 'abort', 'data': {}}], id=f'turn{turn}')
+        if intruder.came_in():
+            break
+        assert e.value.data['undone'] is True and 'pending' not in e.value.data
+    else:
+        pytest.fail('nobody came in between')
+    assert e.value.data['undone'] is False and e.value.data['action'] == len(idle) + 1
+    [left] = e.value.data['pending']
+    assert path in left and f'; not undone: {left}' in e.value.desc
+    assert os.stat(path).st_ino == intruder.ino
+    leftover = [f for f in os.listdir(d.dir) if f.startswith(f'target{turn}.') and f.endswith('.tmp')]
+    if old:  # what stood there is not lost
+        assert [d.path(f) for f in leftover] == [left.rsplit("'", 2)[1]] and read(d.path(leftover[0])) == content
+    else:
+        assert leftover == []
+    assert d.bitmap('d0', 'b')['recording'] and d.cmd('query-jobs') == []
+    with pytest.raises(QmpError) as again:
+        txn(d, [backup(path)] + idle + [{'type': 'abort', 'data': {}}], id=f'turn{turn}')
+    assert again.value.data['replayed'] and again.value.data['undone'] is False and left in again.value.desc
 
 
 def test_an_old_file_is_there_until_the_list_has_happened(d):
