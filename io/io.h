@@ -93,6 +93,17 @@ co_fn void io_grace(struct io *io);
 /* Let others of this loop run, then go on. */
 co_fn void loop_pause(void);
 
+/* For long work: others of the loop have their turn every millisecond.
+ *     struct io_turns turns = {io};
+ *     for (...) { work of some microseconds; io_turns_step(&turns); }
+ * The first step starts the clock. */
+struct io_turns {
+    struct io *io;
+    uint64_t began; /* ns: since when nobody else has had a turn */
+    unsigned steps;
+};
+co_fn void io_turns_step(void *turns); /* a struct io_turns: it is a callback, too */
+
 /* ------------------------------------------------------------------ time and chance */
 
 uint64_t io_now(struct io *io); /* monotonic ns; never a co_fn; any loop */

@@ -347,6 +347,23 @@ co_fn void loop_pause(void)
     co_yield();
 }
 
+#define TURN_NS 1000000u
+#define STEPS_PER_LOOK 8u /* at the clock */
+
+co_fn void io_turns_step(void *turns)
+{
+    struct io_turns *t = turns;
+    if (t->steps++ % STEPS_PER_LOOK)
+        return;
+    uint64_t now = io_now(t->io);
+    if (!t->began)
+        t->began = now;
+    if (now - t->began < TURN_NS)
+        return;
+    loop_pause();
+    t->began = io_now(t->io);
+}
+
 /* ------------------------------------------------------------------ timers */
 
 static bool timer_before(const struct io_timer *a, const struct io_timer *b)

@@ -22,21 +22,28 @@ static int no_memory(struct tide_error *err)
 
 /* ------------------------------------------------------------------ properties */
 
-static int hash_text(const char *text, size_t len, void *arg)
+struct hash {
+    struct sha256_ctx ctx;
+    struct io_turns turns;
+};
+
+static co_fn int hash_text(const char *text, size_t len, void *arg)
 {
-    sha256_update(arg, len, (const uint8_t *)text);
+    struct hash *h = arg;
+    sha256_update(&h->ctx, len, (const uint8_t *)text);
+    io_turns_step(&h->turns);
     return 0;
 }
 
 /* Two lists are the same when they are the same JSON, whatever the order of members. */
-static int make_digest(json_t *arguments, bool grouped, uint8_t *digest)
+static co_fn int make_digest(struct qmp_call *call, bool grouped, uint8_t *digest)
 {
-    struct sha256_ctx ctx;
-    sha256_init(&ctx);
-    int r = json_dump_callback(json_object_get(arguments, "actions"), hash_text, &ctx,
+    struct hash h = {.turns = {call->inst->io}};
+    sha256_init(&h.ctx);
+    int r = json_dump_callback(json_object_get(call->arguments, "actions"), hash_text, &h,
                                JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY);
-    sha256_update(&ctx, 1, (const uint8_t *)(grouped ? "g" : "i"));
-    sha256_digest(&ctx, STORE_DIGEST_SIZE, digest);
+    sha256_update(&h.ctx, 1, (const uint8_t *)(grouped ? "g" : "i"));
+    sha256_digest(&h.ctx, STORE_DIGEST_SIZE, digest);
     return r;
 }
 
@@ -56,8 +63,8 @@ static int check_properties(const struct q_transaction_properties *p, struct tid
     return 0;
 }
 
-static int take_properties(struct qmp_call *call, const struct q_transaction_properties *p,
-                           struct txn_props *props, struct tide_error *err)
+static co_fn int take_properties(struct qmp_call *call, const struct q_transaction_properties *p,
+                                 struct txn_props *props, struct tide_error *err)
 {
     props->client = call->client;
     if (!p)
@@ -67,7 +74,7 @@ static int take_properties(struct qmp_call *call, const struct q_transaction_pro
     props->dry_run = p->has_dry_run && p->dry_run;
     props->id = p->id;
     int r = check_properties(p, err);
-    if (r == 0 && p->id && make_digest(call->arguments, props->grouped, props->digest) < 0)
+    if (r == 0 && p->id && make_digest(call, props->grouped, props->digest) < 0)
         r = tide_fail(err, -ENOMEM, "no memory for the request");
     return r;
 }
@@ -104,15 +111,18 @@ static json_t *report_row(const struct action *a, const struct action_report *r,
 }
 
 /* A dry run has done its work also when the list would fail; that is what it tells. */
-static int dry_answer(const struct action *a, const struct txn_result *res, int r, json_t **ret,
-                      struct tide_error *err)
+static co_fn int dry_answer(struct qmp_call *call, const struct action *a,
+                            const struct txn_result *res, int r, json_t **ret,
+                            struct tide_error *err)
 {
+    struct io_turns turns = {call->inst->io};
     json_t *rows = json_array();
     for (size_t i = 0; rows && i < res->n_reports; i++) {
         if (json_array_append_new(rows, report_row(&a[i], &res->report[i], err)) < 0) {
             json_decref(rows);
             return no_memory(err);
         }
+        io_turns_step(&turns);
     }
     *ret = json_pack("{s:s,s:I,s:o}", "outcome", r < 0 ? "would-fail" : "would-commit", "held-ns",
                      (json_int_t)res->held_ns, "actions", rows);
@@ -129,7 +139,7 @@ static int run(struct qmp_call *call, const struct action *a, size_t n,
     struct txn_result res;
     int r = txn_run(&call->inst->txn, a, n, props, &res, err);
     if (props->dry_run && (r == 0 || res.failed >= 0)) {
-        r = dry_answer(a, &res, r, ret, err);
+        r = dry_answer(call, a, &res, r, ret, err);
     } else if (r < 0) {
         describe_failure(call, a, &res);
     } else if (props->id) {
@@ -146,9 +156,12 @@ static co_fn int explain(struct qmp_call *call, const struct action *a, size_t n
 {
     struct footprint_lookup lookup = txn_lookup(&call->inst->txn);
     struct footprint f = {.lookup = &lookup};
+    struct io_turns turns = {call->inst->io};
     graph_query_begin(call->inst->graph);
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         action_footprint((int)(a[i].entry - txn_actions), a[i].args, (unsigned)i, &f);
+        io_turns_step(&turns);
+    }
     graph_query_end(call->inst->graph);
     int r = footprint_explain(&f, EXPLAIN_MAX, ret);
     footprint_free(&f);

@@ -158,6 +158,8 @@ static co_fn int run_command(struct qmp_call *call, const struct qmp_command *c,
 static co_fn int carry_out(struct qmp_call *call, const struct request *rq, json_t **ret,
                            struct tide_error *err)
 {
+    struct io_turns turns = {call->inst->io};
+    struct schema_steps steps = {io_turns_step, &turns};
     void *args;
     int r = check_state(rq, *call->negotiated, err);
     if (r < 0)
@@ -171,7 +173,7 @@ static co_fn int carry_out(struct qmp_call *call, const struct request *rq, json
                          rq->name);
     json_t *given = rq->arguments ? json_incref(rq->arguments) : json_object();
     call->arguments = given;
-    r = given ? schema_parse(c->args, given, &call->arena, 0, &args, err)
+    r = given ? schema_parse_in_steps(c->args, given, &call->arena, &steps, &args, err)
               : tide_fail(err, -ENOMEM, "no memory for the request");
     if (r == 0)
         r = run_command(call, c, args, ret, err);

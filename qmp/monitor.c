@@ -16,6 +16,7 @@
 #include "io/io.h"
 #include "qmp/dispatch.h"
 #include "qmp/instance.h"
+#include "qmp/long_json.h"
 #include "qmp/scan.h"
 
 #define READ_SIZE 65536u
@@ -91,14 +92,12 @@ static int append_text(const char *text, size_t len, void *arg)
     return 0;
 }
 
-static void queue_json(struct monitor *m, json_t *v)
+#define FLAGS(m) (((m)->pretty ? JSON_INDENT(4) : 0) | JSON_ENCODE_ANY)
+
+/* What was appended since `before` is a whole message, or, failed, nothing. */
+static void queued(struct monitor *m, size_t before, bool failed)
 {
-    size_t before = m->out_len;
-    if (m->ending)
-        return;
-    size_t flags = m->pretty ? JSON_INDENT(4) : 0;
-    if (!v || json_dump_callback(v, append_text, m, flags | JSON_ENCODE_ANY) < 0 ||
-        append_text("\r\n", 2, m) < 0) {
+    if (failed || append_text("\r\n", 2, m) < 0) {
         m->out_len = before;
         cut_off(m, "out of memory for its answer");
     } else if (m->out_len > MONITOR_OUT_MAX && before) {
@@ -111,8 +110,9 @@ static void queue_json(struct monitor *m, json_t *v)
 static void on_event(struct event_sink *s, json_t *event)
 {
     struct monitor *m = (struct monitor *)s;
-    if (m->negotiated)
-        queue_json(m, event);
+    size_t before = m->out_len;
+    if (m->negotiated && !m->ending)
+        queued(m, before, json_dump_callback(event, append_text, m, FLAGS(m)) < 0);
 }
 
 static void client_gone(struct monitor *m)
@@ -157,23 +157,31 @@ static void writer_main(void *arg)
 
 /* ------------------------------------------------------------------ input */
 
-static void answer(struct monitor *m, json_t *reply)
+/* Events may come in between, so it is put in the queue when it is whole. */
+static co_fn void answer(struct monitor *m, json_t *reply)
 {
-    queue_json(m, reply);
-    json_decref(reply);
+    struct io *io = m->all->inst->io;
+    char *text = NULL;
+    size_t len = 0;
+    int r = reply ? long_json_dump(io, reply, FLAGS(m), &text, &len) : -ENOMEM;
+    size_t before = m->out_len;
+    if (!m->ending)
+        queued(m, before, r < 0 || append_text(text, len, m) < 0);
+    mem_free(text);
+    long_json_decref(io, reply);
 }
 
 static co_fn void handle_value(struct monitor *m)
 {
     json_error_t e;
-    json_t *v = json_loadb(m->scan.value, m->scan.value_len,
-                           JSON_DECODE_ANY | JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
+    struct io *io = m->all->inst->io;
+    json_t *v = long_json_load(io, m->scan.value, m->scan.value_len, &e);
     if (!v) {
         answer(m, qmp_parse_error(e.text));
         return;
     }
     answer(m, qmp_dispatch(m->all->inst, v, m->peer, &m->negotiated, &m->oob));
-    json_decref(v);
+    long_json_decref(io, v);
 }
 
 static co_fn void handle_bytes(struct monitor *m, const char *data, size_t len)
@@ -198,6 +206,8 @@ static void reader_main(void *arg)
         if (n <= 0)
             break;
         handle_bytes(m, buf, (size_t)n);
+        if (n == READ_SIZE) /* one of many pieces, it seems */
+            loop_pause();
     }
     mem_free(buf);
     m->reader_gone = true;

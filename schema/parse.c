@@ -53,6 +53,7 @@ struct place {
 struct walk {
     struct arena *arena;
     unsigned flags;
+    const struct schema_steps *steps; /* or NULL */
     struct tide_error *err;
 };
 
@@ -445,6 +446,8 @@ static int parse_list(struct walk *w, const struct place *at, const struct schem
         int r = parse_value(w, &in, m->type, json_array_get(v, i), items + i * m->type->size);
         if (r < 0)
             return r;
+        if (w->steps)
+            w->steps->step(w->steps->arg);
     }
     *(size_t *)(base + m->aux) = n;
     *(void **)(base + m->off) = items;
@@ -640,17 +643,29 @@ static int parse_value(struct walk *w, const struct place *at, const struct sche
     __builtin_unreachable();
 }
 
+static int parse_root(struct walk *w, const struct schema_type *type, json_t *value, void **out)
+{
+    struct place root = {0};
+    void *p = arena_alloc(w->arena, type->size);
+
+    if (!p)
+        return no_memory(w);
+    int r = parse_value(w, &root, type, value, p);
+    if (r == 0)
+        *out = p;
+    return r;
+}
+
 int schema_parse(const struct schema_type *type, json_t *value, struct arena *a, unsigned flags,
                  void **out, struct tide_error *err)
 {
     struct walk w = {.arena = a, .flags = flags, .err = err};
-    struct place root = {0};
-    void *p = arena_alloc(a, type->size);
+    return parse_root(&w, type, value, out);
+}
 
-    if (!p)
-        return no_memory(&w);
-    int r = parse_value(&w, &root, type, value, p);
-    if (r == 0)
-        *out = p;
-    return r;
+int schema_parse_in_steps(const struct schema_type *type, json_t *value, struct arena *a,
+                          const struct schema_steps *steps, void **out, struct tide_error *err)
+{
+    struct walk w = {.arena = a, .steps = steps, .err = err};
+    return parse_root(&w, type, value, out);
 }

@@ -42,6 +42,15 @@ struct schema_type; /* one row of the generated tables */
 int schema_parse(const struct schema_type *type, json_t *value, struct arena *a, unsigned flags,
                  void **out, struct tide_error *err);
 
+/* The same for values that may be long: step(arg) is called after each element of each list. What
+ * it does is its own business: nothing of this thread's is in use meanwhile but the arguments. */
+struct schema_steps {
+    void (*step)(void *arg);
+    void *arg;
+};
+int schema_parse_in_steps(const struct schema_type *type, json_t *value, struct arena *a,
+                          const struct schema_steps *steps, void **out, struct tide_error *err);
+
 /* The way back: the JSON of a struct, a new reference. Absent is what schema_parse() leaves NULL;
  * an optional scalar is there if its has_X is true or it is not 0, so that a designated initializer
  * does without has_X; an alternate of kind Q_KIND_NULL with a string or an object is that. -EINVAL:

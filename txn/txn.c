@@ -50,21 +50,9 @@ struct txn {
     struct tide_error stage_err;
     struct action_report *report;
     struct txn_result *res;
-    uint64_t turn_began; /* ns: since when nobody else of the control loop has had a turn */
-    unsigned steps;
+    struct io_turns
+        turns; /* a long list is long work: disks that it does not name go on meanwhile */
 };
-
-#define TURN_NS 1000000u
-#define STEPS_PER_LOOK 16u /* at the clock */
-
-/* A long list is long work: disks that it does not name go on meanwhile. */
-static co_fn void let_others_in(struct txn *t)
-{
-    if (++t->steps % STEPS_PER_LOOK || io_now(t->env->io) - t->turn_began < TURN_NS)
-        return;
-    loop_pause();
-    t->turn_began = io_now(t->env->io);
-}
 
 /* ------------------------------------------------------------------ for actions */
 
@@ -197,7 +185,7 @@ static co_fn void unwind_to(struct txn *t, unsigned done)
         u = TAILQ_LAST(&t->armed, undo_list);
         if (!u || u->action != action)
             probe(t, TXN_UNWOUND, action);
-        let_others_in(t);
+        io_turns_step(&t->turns);
     }
 }
 
@@ -210,7 +198,7 @@ static co_fn void succeed(struct txn *t)
     {
         if (u->ops->discard)
             u->ops->discard(u->rec);
-        let_others_in(t);
+        io_turns_step(&t->turns);
     }
     probe(t, TXN_DISCARDED, (unsigned)t->n);
     TAILQ_FOREACH (u, &t->armed, link) {
@@ -229,7 +217,7 @@ static co_fn void release(struct txn *t, struct undo_list *list, bool undone)
         struct undo *u = TAILQ_FIRST(list);
         if (u->ops->release)
             u->ops->release(u->rec, undone);
-        let_others_in(t);
+        io_turns_step(&t->turns);
         TAILQ_REMOVE(list, u, link);
         mem_free(u);
     }
@@ -268,14 +256,16 @@ struct footprint_lookup txn_lookup(const struct txn_env *env)
 }
 
 /* What the list names, all of it before anything happens. */
-static int make_footprint(struct txn *t, struct tide_error *err)
+static co_fn int make_footprint(struct txn *t, struct tide_error *err)
 {
     struct footprint *f = &t->footprint;
     struct footprint_lookup lookup = txn_lookup(t->env);
     f->lookup = &lookup;
-    for (size_t i = 0; i < t->n; i++)
+    for (size_t i = 0; i < t->n; i++) {
         action_footprint((int)(t->actions[i].entry - txn_actions), t->actions[i].args, (unsigned)i,
                          f);
+        io_turns_step(&t->turns);
+    }
     f->lookup = NULL;
     return f->no_memory ? tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n) : 0;
 }
@@ -382,7 +372,6 @@ static co_fn int prepare_one(struct txn *t, const struct action *a, struct txn_r
 
 static co_fn int prepare_all(struct txn *t, struct txn_result *res, struct tide_error *err)
 {
-    t->turn_began = io_now(t->env->io);
     probe(t, TXN_HELD, 0);
     for (unsigned i = 0; i < t->n; i++) {
         int r = prepare_one(t, &t->actions[i], res, err);
@@ -394,7 +383,7 @@ static co_fn int prepare_all(struct txn *t, struct txn_result *res, struct tide_
             return r;
         }
         probe(t, TXN_PREPARED, i + 1);
-        let_others_in(t);
+        io_turns_step(&t->turns);
     }
     return 0;
 }
@@ -515,7 +504,12 @@ static int begin(struct txn *t, struct txn_result *res, struct tide_error *err)
 int txn_run(const struct txn_env *env, const struct action *actions, size_t n,
             const struct txn_props *props, struct txn_result *res, struct tide_error *err)
 {
-    struct txn t = {.env = env, .props = props, .actions = actions, .n = n, .stage_failed = -1};
+    struct txn t = {.env = env,
+                    .props = props,
+                    .actions = actions,
+                    .n = n,
+                    .stage_failed = -1,
+                    .turns = {env->io}};
     struct history_entry *h = history_begin(env->history, env->io, actions, n, props);
     TAILQ_INIT(&t.armed);
     TAILQ_INIT(&t.undone);

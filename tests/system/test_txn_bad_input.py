@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import threading
+import time
 
 import pytest
 
@@ -177,6 +178,44 @@ def test_a_list_of_100_000_actions(d):
         d.cmd('transaction', actions=[*adds[:-1], {'type': 'abort', 'data': {}}])
     assert e.value.data['action'] == 99_999
     assert [b['name'] for b in d.node('d1')['dirty-bitmaps']] == ['b']
+
+
+def longest_silence(path, stop, out):
+    """Seconds that a client which asks all the time had to wait, at most."""
+    other, longest = Qmp(path), 0
+    while not stop.is_set():
+        began = time.monotonic()
+        other.cmd('query-version')
+        longest = max(longest, time.monotonic() - began)
+    out.append(longest)
+    other.close()
+
+
+@pytest.mark.parametrize('properties', [{}, {'id': ''}, {'explain': True}, {'dry-run': True}], ids=str)
+def test_others_are_answered_while_a_long_list_is_read_run_and_forgotten(d, properties):
+    """Reading 10 MB of JSON at one go, or hashing it for its id, takes longer than carrying it out."""
+    actions = [act('enable', node='d0', name='a')] * 30_000
+    if 'explain' in properties:  # of names that have nothing to do with each other
+        actions = [act('enable', node='d0', name=f'n{i}') for i in range(30_000)]
+    for turn in range(8):
+        if 'id' in properties:
+            properties = {'id': f'long{turn}'}
+        text = json.dumps({'execute': 'transaction', 'arguments': {
+            'actions': actions, 'properties': properties}}).encode()
+        stop, out = threading.Event(), []
+        watcher = threading.Thread(target=longest_silence, args=(d.qmp_path, stop, out))
+        watcher.start()
+        began = time.monotonic()
+        d.qmp.sock.sendall(text)
+        while not d.qmp.buf.endswith(b'\n'):
+            d.qmp.buf += d.qmp.sock.recv(1 << 16)
+        took = time.monotonic() - began
+        stop.set()
+        watcher.join()
+        assert 'return' in d.qmp.read()  # parsing it here would keep the watcher from asking
+        if out[0] < took / 6:
+            return
+    pytest.fail(f'another client waited {out[0]:.3f} s of the {took:.3f} s that the list took')
 
 
 def test_a_list_too_long_for_the_monitor_is_an_error(d):
