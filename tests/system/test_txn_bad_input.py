@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nobody should send: a clear error or a right result, the daemon up, the state untouched."""
+import contextlib
 import json
 import os
 import re
@@ -216,6 +217,29 @@ def test_others_are_answered_while_a_long_list_is_read_run_and_forgotten(d, prop
         if out[0] < took / 6:
             return
     pytest.fail(f'another client waited {out[0]:.3f} s of the {took:.3f} s that the list took')
+
+
+@pytest.mark.parametrize('turns', range(1, 80, 6))
+def test_quit_at_any_point_of_a_long_list(turns):
+    """While it is read, hashed, run or answered: it happens as a whole or is refused, and the daemon ends."""
+    with Daemon() as d:
+        actions = [{'type': 'blockdev-add', 'data': {'driver': 'null-co', 'node-name': 'n', 'size': MiB}},
+                   *(act('add', node='n', name=f'n{i}') for i in range(20_000))]
+        text = json.dumps({'execute': 'transaction', 'arguments': {'actions': actions, 'properties': {'id': 'x'}}})
+        other = Qmp(d.qmp_path)
+
+        def send():
+            with contextlib.suppress(OSError):  # the daemon need not read all of it
+                d.qmp.sock.sendall(text.encode())
+        sender = threading.Thread(target=send)
+        sender.start()
+        for _ in range(turns):
+            other.cmd('query-version')
+        other.cmd('quit')
+        other.close()
+        sender.join()
+        d.quit_check = False
+        assert d.proc.wait(60) == 0 and 'Sanitizer' not in d.log() and 'assert' not in d.log(), d.log()
 
 
 def test_a_list_too_long_for_the_monitor_is_an_error(d):
