@@ -33,6 +33,7 @@ struct monitor {
     struct scan scan;
     char *out;
     size_t out_len, out_cap;
+    bool writing; /* an answer is on its way to `out` */
     bool sending; /* more is on its way than what is in `out` */
     struct io_event out_ready;
     char peer[64];
@@ -163,7 +164,9 @@ static co_fn void answer(struct monitor *m, json_t *reply)
     struct io *io = m->all->inst->io;
     char *text = NULL;
     size_t len = 0;
+    m->writing = true;
     int r = reply ? long_json_dump(io, reply, FLAGS(m), &text, &len) : -ENOMEM;
+    m->writing = false;
     size_t before = m->out_len;
     if (!m->ending)
         queued(m, before, r < 0 || append_text(text, len, m) < 0);
@@ -351,7 +354,7 @@ static bool all_sent(struct monitors *m)
 {
     struct monitor *c;
     TAILQ_FOREACH (c, &m->clients, link) {
-        if (c->out_len || c->sending)
+        if (c->writing || c->out_len || c->sending)
             return false;
     }
     return true;
