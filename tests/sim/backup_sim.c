@@ -468,10 +468,7 @@ static co_fn void backup_after_cut(struct world *w)
         if (s->sure)
             crowd_check_file(&t->crowd, w->disk, s->disk, s->target, s->q, s->r, "after the cut");
     }
-    for (unsigned i = 0; i < t->n_disks; i++) {
-        crowd_check_survivors(&t->crowd, w->disk, i, w->how == SIM_CUT_PROCESS);
-        crowd_check_served(&t->crowd, i);
-    }
+    crowd_check_after_cut(&t->crowd);
 }
 
 static void backup_finish(struct world *w)

@@ -6,54 +6,33 @@
  *   goes. No dirty bit is lost, and none is there of a write before a clear.
  *   A list that is undone leaves what queries tell as it was.
  *   A file lock that hangs while a list takes it keeps no guest and no query waiting. */
-#include "bits.h"
+#include "scene.h"
 
 #include <string.h>
 
 #define N_DISKS 2u
 
-struct export_state {
-    struct crowd crowd;
-    struct book book;
-};
-
-static struct export_state *state_of(struct world *w)
+static struct scene *state_of(struct world *w)
 {
     return w->state;
 }
 
 static void export_prepare(struct world *w, struct sim_config *cfg)
 {
-    struct export_state *t = state_of(w);
-    t->crowd.w = w;
-    t->book.crowd = &t->crowd;
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        char node[8], file[8];
-        snprintf(node, sizeof node, "d%u", i);
-        snprintf(file, sizeof file, "f%u", i);
-        struct disk *d =
-            crowd_add_disk(&t->crowd, node, file, SECTOR * (400 + chance_below(&w->chance, 2000)));
-        d->stripe = 16;
-        d->direct = chance_one_in(&w->chance, 3);
-        d->unmap = chance_one_in(&w->chance, 2);
-    }
+    scene_prepare(state_of(w), w, N_DISKS);
     CHECK(sim_file_write(w->disk, "slow", "", 1, 65535) == 0);
     CHECK(sim_file_write(w->disk, "slow0", "", 1, 65535) == 0);
 }
 
 static co_fn void set_up(struct world *w)
 {
-    struct export_state *t = state_of(w);
+    struct scene *t = state_of(w);
     world_start_nbd(w);
     for (unsigned i = 0; i < N_DISKS; i++) {
-        crowd_open_disk(&t->crowd, i, 1 + (unsigned)chance_below(&w->chance, 2));
+        scene_open_disk(t, i, 2);
         qmp_do(&w->qmp, "blockdev-add",
                "{\"driver\":\"raw\",\"node-name\":\"r%u\",\"file\":\"d%u\",\"discard\":\"%s\"}", i,
                i, t->crowd.disk[i].unmap ? "unmap" : "ignore");
-        struct bits *b = book_place(&t->book, i, "b");
-        qmp_do(&w->qmp, "block-dirty-bitmap-add",
-               "{\"node\":\"d%u\",\"name\":\"b\",\"granularity\":4096}", i);
-        bits_add(&t->book, b, 12, true, w->qmp.asked, w->qmp.told);
     }
     crowd_start(&t->crowd);
 }
@@ -61,13 +40,7 @@ static co_fn void set_up(struct world *w)
 /* What a list might have changed, without what guests change. */
 static co_fn json_t *snapshot(struct qmp *q)
 {
-    json_t *nodes = qmp_get(q, "query-named-block-nodes", NULL), *node, *bm;
-    size_t i, k;
-    json_array_foreach (nodes, i, node) {
-        json_object_del(json_object_get(node, "image"), "actual-size");
-        json_array_foreach (json_object_get(node, "dirty-bitmaps"), k, bm)
-            json_object_del(bm, "count");
-    }
+    json_t *nodes = scene_nodes(q);
     return json_pack("[o,o]", nodes, qmp_get(q, "query-block-exports", NULL));
 }
 
@@ -83,7 +56,7 @@ static co_fn json_t *snapshot(struct qmp *q)
 #define HARD "{\"type\":\"block-export-del\",\"data\":{\"id\":\"e-d1-0\",\"mode\":\"hard\"}},"
 
 /* Both first guests move, and the bitmaps are cleared, at one instant or not at all. */
-static co_fn void one_list(struct export_state *t)
+static co_fn void one_list(struct scene *t)
 {
     struct world *w = t->crowd.w;
     struct qmp *q = &w->qmp;
@@ -130,7 +103,7 @@ static void slow_main(void *arg)
 }
 
 /* An export is made of a disk whose locks take their time, or moves there. */
-static co_fn void slow_lock(struct export_state *t)
+static co_fn void slow_lock(struct scene *t)
 {
     static const char *const kinds[] = {
         "{\"type\":\"block-export-add\",\"data\":{\"type\":\"nbd\",\"id\":\"s\",\"node-name\":"
@@ -162,7 +135,7 @@ static co_fn void slow_lock(struct export_state *t)
 
 static co_fn void export_live(struct world *w)
 {
-    struct export_state *t = state_of(w);
+    struct scene *t = state_of(w);
     set_up(w);
     bool slow = chance_one_in(&w->chance, 3);
     for (unsigned n = 10 + (unsigned)chance_below(&w->chance, 30); n; n--) {
@@ -171,41 +144,19 @@ static co_fn void export_live(struct world *w)
     }
     if (slow)
         slow_lock(t);
-    crowd_end(&t->crowd);
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        bits_check(&t->book, &t->book.b[i], &w->qmp, "at the end");
-        crowd_check_file(&t->crowd, t->crowd.w->disk, i, t->crowd.disk[i].file, w->tick + 1,
-                         FOREVER, "at the end");
-    }
-}
-
-static co_fn void export_after_cut(struct world *w)
-{
-    struct export_state *t = state_of(w);
-    world_start_nbd(w);
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        crowd_check_survivors(&t->crowd, w->disk, i, w->how == SIM_CUT_PROCESS);
-        crowd_check_served(&t->crowd, i);
-    }
-}
-
-static void export_finish(struct world *w)
-{
-    struct export_state *t = state_of(w);
-    book_free(&t->book);
-    crowd_free(&t->crowd);
+    scene_check_end(t);
 }
 
 static const struct scenario swaps = {
     .name = "nodes are swapped under guests",
-    .state_size = sizeof(struct export_state),
+    .state_size = sizeof(struct scene),
     .n_seeds = 100,
     .cut_one_in = 4,
     .cut_steps = 20000,
     .prepare = export_prepare,
     .live = export_live,
-    .after_cut = export_after_cut,
-    .finish = export_finish,
+    .after_cut = scene_after_cut,
+    .finish = scene_finish,
 };
 
 int main(void)

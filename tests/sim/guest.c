@@ -485,7 +485,8 @@ void crowd_check_cut_now(struct crowd *c)
     sim_world_free(copy);
 }
 
-void crowd_check_served(struct crowd *c, unsigned disk)
+/* Serves the disk, reads all of it through NBD, compares with the file. */
+static co_fn void check_served(struct crowd *c, unsigned disk)
 {
     struct disk *d = &c->disk[disk];
     struct nbd_client n;
@@ -505,4 +506,12 @@ void crowd_check_served(struct crowd *c, unsigned disk)
     CHECK(!memcmp(got, is, d->size));
     free(got);
     free(is);
+}
+
+co_fn void crowd_check_after_cut(struct crowd *c)
+{
+    for (unsigned i = 0; i < c->n_disks; i++) {
+        crowd_check_survivors(c, c->w->disk, i, c->w->how == SIM_CUT_PROCESS);
+        check_served(c, i);
+    }
 }

@@ -89,5 +89,5 @@ void crowd_check_survivors(struct crowd *c, struct sim_world *world, unsigned di
 struct sim_world *crowd_cut_copy(struct crowd *c);
 /* Would all disks survive that? */
 void crowd_check_cut_now(struct crowd *c);
-/* For after_cut(): serves the disk, reads all of it through NBD, compares with the file. */
-co_fn void crowd_check_served(struct crowd *c, unsigned disk);
+/* For after_cut(): all disks survived this world's cut, and are served as they are. */
+co_fn void crowd_check_after_cut(struct crowd *c);

@@ -7,7 +7,7 @@
  *   The next try leaves the guests in peace for a second first; once d0 is back, it succeeds.
  *   Guests of d2 never notice anything; lists about d1 and d2 alone work while d0 hangs.
  *   Whatever the tries did, no dirty bit of d0 or d1 is lost. */
-#include "bits.h"
+#include "scene.h"
 
 #include <string.h>
 
@@ -17,8 +17,7 @@
 #define SLACK (SECOND / 5) /* of the simulated machine: each step takes its time */
 
 struct quiesce_state {
-    struct crowd crowd;
-    struct book book;
+    struct scene scene; /* first */
     uint64_t stall;
     unsigned n_tried;
 };
@@ -31,64 +30,34 @@ static struct quiesce_state *state_of(struct world *w)
 static void quiesce_prepare(struct world *w, struct sim_config *cfg)
 {
     struct quiesce_state *t = state_of(w);
-    struct chance *dice = &w->chance;
-    t->crowd.w = w;
-    t->book.crowd = &t->crowd;
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        char node[8], file[8];
-        snprintf(node, sizeof node, "d%u", i);
-        snprintf(file, sizeof file, "f%u", i);
-        struct disk *d =
-            crowd_add_disk(&t->crowd, node, file, SECTOR * (400 + chance_below(dice, 2000)));
-        d->stripe = 16;
-        d->direct = chance_one_in(dice, 3);
-        d->unmap = chance_one_in(dice, 2);
-    }
-    t->crowd.disk[1].limit_ns = TIMEOUT + SLACK;
-    t->crowd.disk[2].limit_ns = SLACK;
+    scene_prepare(&t->scene, w, N_DISKS);
+    t->scene.crowd.disk[1].limit_ns = TIMEOUT + SLACK;
+    t->scene.crowd.disk[2].limit_ns = SLACK;
 }
 
 static co_fn void set_up(struct world *w)
 {
     struct quiesce_state *t = state_of(w);
     world_start_nbd(w);
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        crowd_open_disk(&t->crowd, i, 1 + (unsigned)chance_below(&w->chance, 3));
-        struct bits *b = book_place(&t->book, i, "b");
-        qmp_do(&w->qmp, "block-dirty-bitmap-add",
-               "{\"node\":\"d%u\",\"name\":\"b\",\"granularity\":4096}", i);
-        bits_add(&t->book, b, 12, true, w->qmp.asked, w->qmp.told);
-    }
-    for (unsigned i = 0; i < t->crowd.n_guests; i++)
-        t->crowd.guest[i].think_ns = SECOND / 2;
-    crowd_start(&t->crowd);
-}
-
-/* The state that a list might have changed, without what guests change. */
-static co_fn json_t *snapshot(struct qmp *q)
-{
-    json_t *v = qmp_get(q, "query-named-block-nodes", NULL), *node, *bm;
-    size_t i, k;
-    json_array_foreach (v, i, node) {
-        json_object_del(json_object_get(node, "image"), "actual-size");
-        json_array_foreach (json_object_get(node, "dirty-bitmaps"), k, bm)
-            json_object_del(bm, "count");
-    }
-    return v;
+    for (unsigned i = 0; i < N_DISKS; i++)
+        scene_open_disk(&t->scene, i, 3);
+    for (unsigned i = 0; i < t->scene.crowd.n_guests; i++)
+        t->scene.crowd.guest[i].think_ns = SECOND / 2;
+    crowd_start(&t->scene.crowd);
 }
 
 /* Begin to hang, and wait until a request is in there. */
 static co_fn void hang(struct quiesce_state *t)
 {
-    struct world *w = t->crowd.w;
+    struct world *w = t->scene.crowd.w;
     static const enum sim_kind kinds[] = {SIM_WRITE, SIM_WRITE, SIM_READ, SIM_FSYNC};
     do
         qmp_listen(&w->qmp, SECOND / 4); /* what waited for the hang before this one */
-    while (crowd_oldest_ns(&t->crowd, 0) > SECOND / 4);
+    while (crowd_oldest_ns(&t->scene.crowd, 0) > SECOND / 4);
     t->stall = SECOND * 30 + chance_below(&w->chance, 10 * SECOND);
-    sim_stall(w->disk, t->crowd.disk[0].file, kinds[chance_below(&w->chance, 4)], 1, t->stall,
+    sim_stall(w->disk, t->scene.crowd.disk[0].file, kinds[chance_below(&w->chance, 4)], 1, t->stall,
               true);
-    while (crowd_oldest_ns(&t->crowd, 0) < SECOND / 2)
+    while (crowd_oldest_ns(&t->scene.crowd, 0) < SECOND / 2)
         qmp_listen(&w->qmp, SECOND / 4);
 }
 
@@ -100,20 +69,20 @@ static co_fn void hang(struct quiesce_state *t)
 /* Clears the bitmaps of d1 and of `other`, adds one; in either order. */
 static co_fn json_t *try_list(struct quiesce_state *t, unsigned other, uint64_t *took)
 {
-    struct qmp *q = &t->crowd.w->qmp;
-    uint64_t began = io_now(t->crowd.w->io);
+    struct qmp *q = &t->scene.crowd.w->qmp;
+    uint64_t began = io_now(t->scene.crowd.w->io);
     json_t *v;
     unsigned number = ++t->n_tried;
-    if (chance_one_in(&t->crowd.w->chance, 2))
+    if (chance_one_in(&t->scene.crowd.w->chance, 2))
         v = qmp_call(q, "transaction", "{\"actions\":[" CLEAR "," CLEAR "," ADD "]}", 1u, other,
                      number);
     else
         v = qmp_call(q, "transaction", "{\"actions\":[" ADD "," CLEAR "," CLEAR "]}", number, other,
                      1u);
-    *took = io_now(t->crowd.w->io) - began;
+    *took = io_now(t->scene.crowd.w->io) - began;
     if (!qmp_error(v)) {
-        bits_clear(&t->book.b[other], q->asked, q->told);
-        bits_clear(&t->book.b[1], q->asked, q->told);
+        bits_clear(&t->scene.book.b[other], q->asked, q->told);
+        bits_clear(&t->scene.book.b[1], q->asked, q->told);
     }
     return v;
 }
@@ -121,10 +90,10 @@ static co_fn json_t *try_list(struct quiesce_state *t, unsigned other, uint64_t 
 /* One try that has to fail after the timeout; `peace`: the one before failed just now. */
 static co_fn void fail_once(struct quiesce_state *t, bool peace)
 {
-    struct qmp *q = &t->crowd.w->qmp;
-    struct disk *d1 = &t->crowd.disk[1];
+    struct qmp *q = &t->scene.crowd.w->qmp;
+    struct disk *d1 = &t->scene.crowd.disk[1];
     uint64_t took, least = TIMEOUT + (peace ? PEACE - SLACK : 0);
-    json_t *before = snapshot(q);
+    json_t *before = scene_nodes(q);
     uint64_t done = d1->n_done;
     json_t *v = try_list(t, 0, &took);
     CHECK_SAY(qmp_error(v) && strstr(qmp_error(v), "'d0'"), "%s",
@@ -133,7 +102,7 @@ static co_fn void fail_once(struct quiesce_state *t, bool peace)
               took / 1000000);
     CHECK(!peace || d1->n_done > done); /* the second of peace was one */
     json_decref(v);
-    json_t *after = snapshot(q);
+    json_t *after = scene_nodes(q);
     CHECK(json_equal(before, after));
     json_decref(before);
     json_decref(after);
@@ -141,9 +110,9 @@ static co_fn void fail_once(struct quiesce_state *t, bool peace)
 
 static co_fn void one_hang(struct quiesce_state *t)
 {
-    struct world *w = t->crowd.w;
+    struct world *w = t->scene.crowd.w;
     struct qmp *q = &w->qmp;
-    struct disk *d = t->crowd.disk;
+    struct disk *d = t->scene.crowd.disk;
     uint64_t took;
     hang(t);
     fail_once(t, false);
@@ -152,7 +121,7 @@ static co_fn void one_hang(struct quiesce_state *t)
     uint64_t one = d[1].n_done;
     qmp_listen(q, 2 * SECOND); /* the gate of d1 is open, d0 hangs on */
     CHECK(d[1].n_done > one);
-    CHECK(crowd_oldest_ns(&t->crowd, 0) > TIMEOUT);
+    CHECK(crowd_oldest_ns(&t->scene.crowd, 0) > TIMEOUT);
     json_t *v = try_list(t, 2, &took); /* without d0 it works, after the peace */
     CHECK_SAY(!qmp_error(v), "%s", qmp_error(v));
     CHECK(took <= PEACE + SLACK);
@@ -176,29 +145,7 @@ static co_fn void quiesce_live(struct world *w)
     qmp_listen(&w->qmp, SECOND / 4);
     for (unsigned n = 1 + (unsigned)chance_below(&w->chance, 2); n; n--)
         one_hang(t);
-    crowd_end(&t->crowd);
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        bits_check(&t->book, &t->book.b[i], &w->qmp, "at the end");
-        crowd_check_file(&t->crowd, t->crowd.w->disk, i, t->crowd.disk[i].file, w->tick + 1,
-                         FOREVER, "at the end");
-    }
-}
-
-static co_fn void quiesce_after_cut(struct world *w)
-{
-    struct quiesce_state *t = state_of(w);
-    world_start_nbd(w);
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        crowd_check_survivors(&t->crowd, w->disk, i, w->how == SIM_CUT_PROCESS);
-        crowd_check_served(&t->crowd, i);
-    }
-}
-
-static void quiesce_finish(struct world *w)
-{
-    struct quiesce_state *t = state_of(w);
-    book_free(&t->book);
-    crowd_free(&t->crowd);
+    scene_check_end(&t->scene);
 }
 
 static const struct scenario quiesce = {
@@ -209,8 +156,8 @@ static const struct scenario quiesce = {
     .cut_steps = 20000,
     .prepare = quiesce_prepare,
     .live = quiesce_live,
-    .after_cut = quiesce_after_cut,
-    .finish = quiesce_finish,
+    .after_cut = scene_after_cut,
+    .finish = scene_finish,
 };
 
 int main(void)

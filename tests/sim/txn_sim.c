@@ -617,10 +617,7 @@ static co_fn void txn_after_cut(struct world *w)
 {
     struct txn_state *t = state_of(w);
     world_start_nbd(w);
-    for (unsigned i = 0; i < N_DISKS; i++) {
-        crowd_check_survivors(&t->crowd, w->disk, i, w->how == SIM_CUT_PROCESS);
-        crowd_check_served(&t->crowd, i);
-    }
+    crowd_check_after_cut(&t->crowd);
 }
 
 static void txn_finish(struct world *w)
