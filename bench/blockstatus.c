@@ -6,7 +6,6 @@
  * with BLOCK_STATUS requests and insists on finding exactly these runs. A reply may say less than
  * it was asked for: then the rest is asked for again. */
 #include <err.h>
-#include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -16,7 +15,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "args.h"
 #include "base/bytes.h"
+#include "clock.h"
+#include "exchange.h"
 #include "handshake.h"
 #include "pattern.h"
 
@@ -28,13 +30,10 @@
 #define STALL_S 30
 #define STATUS_CANNOT 77 /* the server does not know extended headers */
 
-#define REQUEST_MAGIC 0x25609513u
 #define EXTENDED_REQUEST_MAGIC 0x21e41c71u
 #define CHUNK_MAGIC 0x668e33efu
 #define EXTENDED_REPLY_MAGIC 0x6e8a278cu
-#define SIMPLE_MAGIC 0x67446698u
-enum { REQUEST_LEN = 28, EXTENDED_LEN = 32, CHUNK_LEN = 20, SIMPLE_LEN = 16 };
-enum { CMD_WRITE = 1, CMD_BLOCK_STATUS = 7 };
+enum { EXTENDED_LEN = 32, CHUNK_LEN = 20 };
 enum { CHUNK_NONE = 0, CHUNK_BLOCK_STATUS = 5, CHUNK_BLOCK_STATUS_EXT = 6, CHUNK_DONE = 1 };
 
 static const char usage[] =
@@ -83,34 +82,6 @@ struct walk {
     unsigned n_found;
 };
 
-static uint64_t clock_ns(clockid_t id)
-{
-    struct timespec ts;
-    if (clock_gettime(id, &ts) < 0)
-        return 0;
-    return (uint64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
-
-static uint64_t server_cpu(const struct walk *w)
-{
-    clockid_t id;
-    if (!w->server_pid || clock_getcpuclockid(w->server_pid, &id) != 0)
-        return 0;
-    return clock_ns(id);
-}
-
-static uint64_t parse_number(const char *what, const char *s, uint64_t min, uint64_t max)
-{
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(s, &end, 0);
-    if (errno || end == s || *s == '-' || *end || v > max || v < min) {
-        warnx("--%s: '%s' is not a number from %" PRIu64 " to %" PRIu64, what, s, min, max);
-        exit(2);
-    }
-    return v;
-}
-
 static void parse_command_line(int argc, char **argv, struct walk *w)
 {
     static const struct option options[] = {
@@ -128,15 +99,15 @@ static void parse_command_line(int argc, char **argv, struct walk *w)
         case 's': w->socket_path = optarg; break;
         case 'e': w->export_name = optarg; break;
         case 'c': w->context = optarg; break;
-        case 'r': w->n_runs = parse_number("runs", optarg, 1, MAX_RUNS); break;
+        case 'r': w->n_runs = args_number("runs", optarg, 1, MAX_RUNS); break;
         case 'm': w->mark = true; break;
-        case 'g': w->granularity = parse_number("granularity", optarg, MARK_LEN, 1u << 31); break;
+        case 'g': w->granularity = args_number("granularity", optarg, MARK_LEN, 1u << 31); break;
         case 'x': w->extended = true; break;
-        case 'd': w->depth = parse_number("depth", optarg, 1, MAX_DEPTH); break;
-        case 'p': w->piece = parse_number("piece", optarg, MARK_LEN, INT64_MAX); break;
-        case 'w': w->n_walks = parse_number("walks", optarg, 1, MAX_WALKS); break;
-        case 'n': w->seed = parse_number("seed", optarg, 0, INT64_MAX); break;
-        case 'i': w->server_pid = parse_number("server-pid", optarg, 1, INT32_MAX); break;
+        case 'd': w->depth = args_number("depth", optarg, 1, MAX_DEPTH); break;
+        case 'p': w->piece = args_number("piece", optarg, MARK_LEN, INT64_MAX); break;
+        case 'w': w->n_walks = args_number("walks", optarg, 1, MAX_WALKS); break;
+        case 'n': w->seed = args_number("seed", optarg, 0, INT64_MAX); break;
+        case 'i': w->server_pid = args_number("server-pid", optarg, 1, INT32_MAX); break;
         case 'h': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
@@ -165,34 +136,14 @@ static uint64_t mark_place(const struct walk *w, unsigned i)
     return round_down(off, w->granularity);
 }
 
-/* ---- The socket ---- */
-
-static void send_all(int fd, const uint8_t *p, size_t len)
-{
-    for (size_t done = 0; done < len;) {
-        ssize_t n = send(fd, p + done, len - done, MSG_NOSIGNAL);
-        if (n < 0 && errno != EINTR)
-            err(1, "sending requests");
-        done += n > 0 ? n : 0;
-    }
-}
+/* ---- Replies ---- */
 
 /* At least one byte more. */
 static void receive(struct walk *w)
 {
-    ssize_t n;
     if (w->in_len == IN_SIZE)
         errx(1, "a chunk of more than %u bytes", IN_SIZE);
-    do {
-        n = recv(w->fd, w->in + w->in_len, IN_SIZE - w->in_len, 0);
-    } while (n < 0 && errno == EINTR);
-    if (n < 0 && errno == EAGAIN)
-        errx(1, "the server does not answer");
-    if (n < 0)
-        err(1, "receiving replies");
-    if (n == 0)
-        errx(1, "the server hung up");
-    w->in_len += n;
+    w->in_len += exchange_receive(w->fd, w->in + w->in_len, IN_SIZE - w->in_len);
 }
 
 static void consume(struct walk *w, size_t len)
@@ -205,16 +156,12 @@ static void consume(struct walk *w, size_t len)
 
 static void mark(struct walk *w)
 {
-    uint8_t request[REQUEST_LEN + MARK_LEN] = {0};
-    put_be32(request, REQUEST_MAGIC);
-    put_be16(request + 6, CMD_WRITE);
-    put_be32(request + 24, MARK_LEN);
+    uint8_t request[REQUEST_LEN + MARK_LEN];
     for (unsigned i = 0; i < w->n_runs; i++) {
         uint64_t off = mark_place(w, i);
-        put_be64(request + 8, i);
-        put_be64(request + 16, off);
+        exchange_request(request, CMD_WRITE, i, off, MARK_LEN);
         pattern_write(request + REQUEST_LEN, pattern_key(w->seed, 1), off, MARK_LEN);
-        send_all(w->fd, request, sizeof request);
+        exchange_send(w->fd, request, sizeof request);
         while (w->in_len < SIMPLE_LEN)
             receive(w);
         if (get_be32(w->in) != SIMPLE_MAGIC || get_be64(w->in + 8) != i)
@@ -231,15 +178,11 @@ static void ask(struct walk *w, unsigned i)
 {
     const struct slot *s = &w->slots[i];
     uint8_t *p = w->out + w->out_len;
-    memset(p, 0, EXTENDED_LEN);
-    put_be32(p, w->extended ? EXTENDED_REQUEST_MAGIC : REQUEST_MAGIC);
-    put_be16(p + 6, CMD_BLOCK_STATUS);
-    put_be64(p + 8, i);
-    put_be64(p + 16, s->off);
-    if (w->extended)
+    exchange_request(p, CMD_BLOCK_STATUS, i, s->off, (uint32_t)s->left);
+    if (w->extended) { /* the same, but for both ends */
+        put_be32(p, EXTENDED_REQUEST_MAGIC);
         put_be64(p + 24, s->left);
-    else
-        put_be32(p + 24, s->left);
+    }
     w->out_len += w->extended ? EXTENDED_LEN : REQUEST_LEN;
     w->n_requests++;
 }
@@ -335,7 +278,7 @@ static void walk(struct walk *w)
         fill_window(w);
         if (w->n_busy == 0)
             return;
-        send_all(w->fd, w->out, w->out_len);
+        exchange_send(w->fd, w->out, w->out_len);
         w->out_len = 0;
         receive(w);
         size_t at = 0;
@@ -379,14 +322,14 @@ static int compare_times(const void *a, const void *b)
 static void measure(struct walk *w)
 {
     static uint64_t times[MAX_WALKS];
-    uint64_t cpu = server_cpu(w);
+    uint64_t cpu = clock_cpu_of(w->server_pid);
     for (unsigned i = 0; i < w->n_walks; i++) {
         uint64_t begin = clock_ns(CLOCK_MONOTONIC);
         walk(w);
         times[i] = clock_ns(CLOCK_MONOTONIC) - begin;
         check_runs(w);
     }
-    cpu = server_cpu(w) - cpu;
+    cpu = clock_cpu_of(w->server_pid) - cpu;
     qsort(times, w->n_walks, sizeof *times, compare_times);
     printf("{\"walks\": %u, \"runs\": %u, \"requests\": %" PRIu64 ", \"median_ms\": %.4f"
            ", \"best_ms\": %.4f, \"server_cpu_ms\": %.4f}\n",

@@ -27,6 +27,7 @@
 #include <unistd.h>
 
 #include "base/bytes.h"
+#include "clock.h"
 #include "load_priv.h"
 #include "pattern.h"
 
@@ -89,7 +90,7 @@ static void *worker_main(void *arg)
 {
     struct worker *w = arg;
     while (!atomic_load_explicit(&w->l->failed, memory_order_relaxed)) {
-        w->now_ns = load_clock(CLOCK_MONOTONIC);
+        w->now_ns = clock_ns(CLOCK_MONOTONIC);
         w->stopping = w->now_ns >= w->deadline_ns;
         for (unsigned i = 0; i < w->n_conns; i++)
             if (conn_push(w->conns[i]) < 0)
@@ -133,14 +134,6 @@ static void result_add(struct load_result *sum, const struct load_result *r)
         sum->latency[i] += r->latency[i];
 }
 
-static uint64_t server_cpu(const struct load *l)
-{
-    clockid_t id;
-    if (!l->c.server_pid || clock_getcpuclockid(l->c.server_pid, &id) != 0)
-        return 0;
-    return load_clock(id);
-}
-
 static void run_workers(struct load *l)
 {
     unsigned started = 1;
@@ -159,8 +152,9 @@ static void run_workers(struct load *l)
 
 int load_run(struct load *l, const struct load_phase *p, struct load_result *out)
 {
-    uint64_t start_ns = load_clock(CLOCK_MONOTONIC);
-    uint64_t client_ns = load_clock(CLOCK_PROCESS_CPUTIME_ID), server_ns = server_cpu(l);
+    uint64_t start_ns = clock_ns(CLOCK_MONOTONIC);
+    uint64_t client_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID),
+             server_ns = clock_cpu_of(l->c.server_pid);
     assert(p->initial ? p->one_pass : l->table != NULL);
     for (uint64_t i = 0; i < l->n_lanes; i++)
         l->lanes[i].next = 0;
@@ -170,9 +164,9 @@ int load_run(struct load *l, const struct load_phase *p, struct load_result *out
     *out = (struct load_result){0};
     for (unsigned i = 0; i < l->c.n_threads; i++)
         result_add(out, &l->workers[i].res);
-    out->wall_ns = load_clock(CLOCK_MONOTONIC) - start_ns;
-    out->client_cpu_ns = load_clock(CLOCK_PROCESS_CPUTIME_ID) - client_ns;
-    out->server_cpu_ns = server_cpu(l) - server_ns;
+    out->wall_ns = clock_ns(CLOCK_MONOTONIC) - start_ns;
+    out->client_cpu_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - client_ns;
+    out->server_cpu_ns = clock_cpu_of(l->c.server_pid) - server_ns;
     return atomic_load(&l->failed) ? -1 : 0;
 }
 

@@ -5,7 +5,6 @@
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <time.h>
 
 #include "load.h"
 
@@ -74,15 +73,6 @@ struct load {
     atomic_bool failed;
     atomic_uint n_complaints;
 };
-
-/* Now, on this clock, in ns; 0 if the clock is not there. */
-static inline uint64_t load_clock(clockid_t id)
-{
-    struct timespec ts;
-    if (clock_gettime(id, &ts) < 0)
-        return 0;
-    return (uint64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
 
 /* How many blocks a lane has. */
 static inline uint64_t lane_blocks(const struct load *l, const struct lane *lane)

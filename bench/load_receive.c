@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 
 #include "base/bytes.h"
+#include "clock.h"
 #include "load_priv.h"
 #include "pattern.h"
 
@@ -292,6 +293,6 @@ int conn_pull(struct conn *c, int flags)
     if (n < 0)
         return worker_fail(w, "receiving replies", errno);
     c->in_len += n;
-    w->now_ns = load_clock(CLOCK_MONOTONIC);
+    w->now_ns = clock_ns(CLOCK_MONOTONIC);
     return parse_in(c);
 }

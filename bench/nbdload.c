@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "args.h"
 #include "base/bytes.h"
 #include "load.h"
 #include "pattern.h"
@@ -108,39 +109,6 @@ static const struct option long_options[] = {
     {NULL, 0, NULL, 0},
 };
 
-/* A number in [min, max], with one of the suffixes k M G T if `sizes`. Ends the program if it is
- * not. */
-static uint64_t parse_number(const char *what, const char *s, uint64_t min, uint64_t max,
-                             bool sizes)
-{
-    static const char suffixes[] = "kMGT";
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(s, &end, 0);
-    uint64_t factor = 1;
-    const char *suffix = sizes && *end ? strchr(suffixes, *end == 'K' ? 'k' : *end) : NULL;
-    if (suffix) {
-        factor <<= 10 * (suffix - suffixes + 1);
-        end++;
-    }
-    if (errno || end == s || *end || *s == '-' || v > max / factor || v * factor < min) {
-        warnx("--%s: '%s' is not a number from %" PRIu64 " to %" PRIu64, what, s, min, max);
-        exit(2);
-    }
-    return v * factor;
-}
-
-static uint64_t parse_seconds(const char *s)
-{
-    char *end;
-    double v = strtod(s, &end);
-    if (end == s || *end || !(v > 0 && v < 1e6)) {
-        warnx("--time: '%s' is not a number of seconds", s);
-        exit(2);
-    }
-    return (uint64_t)(v * 1e9);
-}
-
 static enum load_verify parse_verify(const char *s)
 {
     static const char *const names[] = {"none", "sample", "full"};
@@ -174,23 +142,23 @@ static void parse_option(struct options *o, int c, const char *arg, const char *
     case OPT_TCP: parse_tcp(o, arg); break;
     case OPT_EXPORT: l->target.export_name = arg; break;
     case OPT_STRUCTURED: l->target.structured = true; break;
-    case OPT_CONNECTIONS: l->n_conns = parse_number(name, arg, 1, LOAD_MAX_CONNECTIONS, false); break;
-    case OPT_THREADS: l->n_threads = parse_number(name, arg, 1, LOAD_MAX_CONNECTIONS, false); break;
-    case OPT_DEPTH: l->depth = parse_number(name, arg, 1, LOAD_MAX_DEPTH, false); break;
-    case OPT_BLOCK: l->block = parse_number(name, arg, 512, LOAD_MAX_BLOCK, true); break;
-    case OPT_OFFSET: l->off = parse_number(name, arg, 0, INT64_MAX, true); break;
-    case OPT_LENGTH: l->len = parse_number(name, arg, 512, INT64_MAX, true); break;
+    case OPT_CONNECTIONS: l->n_conns = args_number(name, arg, 1, LOAD_MAX_CONNECTIONS); break;
+    case OPT_THREADS: l->n_threads = args_number(name, arg, 1, LOAD_MAX_CONNECTIONS); break;
+    case OPT_DEPTH: l->depth = args_number(name, arg, 1, LOAD_MAX_DEPTH); break;
+    case OPT_BLOCK: l->block = args_size(name, arg, 512, LOAD_MAX_BLOCK); break;
+    case OPT_OFFSET: l->off = args_size(name, arg, 0, INT64_MAX); break;
+    case OPT_LENGTH: l->len = args_size(name, arg, 512, INT64_MAX); break;
     case OPT_SEQUENTIAL: p->order = ORDER_SEQUENTIAL; break;
-    case OPT_READS: p->read_percent = parse_number(name, arg, 0, 100, false); break;
+    case OPT_READS: p->read_percent = args_number(name, arg, 0, 100); break;
     case OPT_FUA: l->fua = true; break;
-    case OPT_TIME: p->time_ns = parse_seconds(arg); break;
-    case OPT_REQUESTS: p->requests = parse_number(name, arg, 1, INT64_MAX, true); break;
+    case OPT_TIME: p->time_ns = args_seconds(name, arg); break;
+    case OPT_REQUESTS: p->requests = args_size(name, arg, 1, INT64_MAX); break;
     case OPT_FILL: o->fill = true; break;
     case OPT_RECHECK: o->recheck = true; break;
     case OPT_VERIFY: l->verify = parse_verify(arg); break;
-    case OPT_SEED: l->seed = parse_number(name, arg, 0, INT64_MAX, false); break;
-    case OPT_STALL: l->stall_s = parse_number(name, arg, 1, 3600, false); break;
-    case OPT_SERVER_PID: l->server_pid = parse_number(name, arg, 1, INT32_MAX, false); break;
+    case OPT_SEED: l->seed = args_number(name, arg, 0, INT64_MAX); break;
+    case OPT_STALL: l->stall_s = args_number(name, arg, 1, 3600); break;
+    case OPT_SERVER_PID: l->server_pid = args_number(name, arg, 1, INT32_MAX); break;
     case OPT_IMAGE: o->image = arg; break;
     case OPT_HELP: fputs(usage, stdout); exit(0);
     default: fputs(usage, stderr); exit(2);

@@ -7,16 +7,17 @@
  * time of each reply (CLOCK_MONOTONIC, ns, 8 bytes of this machine's order) into a file: whoever
  * stopped the writes meanwhile shows as a gap. Nothing is read back. */
 #include <err.h>
-#include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <time.h>
 
+#include "args.h"
 #include "base/bytes.h"
+#include "clock.h"
+#include "exchange.h"
 #include "handshake.h"
 #include "pattern.h"
 
@@ -25,9 +26,6 @@
 #define MAX_TIMES (1u << 24)
 #define WRITE_LEN 4096u
 #define TRIM_LEN ((uint64_t)1 << 30) /* of one request; some servers take less than 2 GiB */
-#define REQUEST_MAGIC 0x25609513u
-#define SIMPLE_MAGIC 0x67446698u
-enum { REQUEST_LEN = 28, REPLY_LEN = 16, CMD_WRITE = 1, CMD_TRIM = 4 };
 
 static const char usage[] =
     "usage: nbdmark --socket PATH --export NAME --runs N --run BYTES [options]\n"
@@ -42,37 +40,22 @@ static const char usage[] =
 
 struct mark {
     const char *socket_path, *export_name, *times_path;
-    uint64_t n_runs, run, align, seed;
+    uint64_t n_runs, run, align, seed, write_ns;
     unsigned depth;
-    double seconds;
 
     int fd;
     struct nbd_export e;
     uint64_t n_sent, n_done;
     uint64_t run_at, at; /* the next request: in which run, and where in it */
     uint8_t out[MAX_DEPTH * REQUEST_LEN + WRITE_LEN + REQUEST_LEN];
-    uint8_t in[MAX_DEPTH * REPLY_LEN];
+    uint8_t in[MAX_DEPTH * SIMPLE_LEN];
     size_t in_len;
     uint64_t *times;
 };
 
 static uint64_t now_ns(void)
 {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
-}
-
-static uint64_t parse_number(const char *what, const char *s, uint64_t min, uint64_t max)
-{
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(s, &end, 0);
-    if (errno || end == s || *s == '-' || *end || v > max || v < min) {
-        warnx("--%s: '%s' is not a number from %" PRIu64 " to %" PRIu64, what, s, min, max);
-        exit(2);
-    }
-    return v;
+    return clock_ns(CLOCK_MONOTONIC);
 }
 
 static void parse_command_line(int argc, char **argv, struct mark *m)
@@ -88,66 +71,34 @@ static void parse_command_line(int argc, char **argv, struct mark *m)
         switch (c) {
         case 's': m->socket_path = optarg; break;
         case 'e': m->export_name = optarg; break;
-        case 'r': m->n_runs = parse_number("runs", optarg, 1, MAX_RUNS); break;
-        case 'l': m->run = parse_number("run", optarg, 512, INT64_MAX); break;
-        case 'a': m->align = parse_number("align", optarg, 512, 1u << 31); break;
-        case 'd': m->depth = parse_number("depth", optarg, 1, MAX_DEPTH); break;
-        case 'n': m->seed = parse_number("seed", optarg, 0, INT64_MAX); break;
-        case 't': m->seconds = strtod(optarg, NULL); break;
+        case 'r': m->n_runs = args_number("runs", optarg, 1, MAX_RUNS); break;
+        case 'l': m->run = args_number("run", optarg, 512, INT64_MAX); break;
+        case 'a': m->align = args_number("align", optarg, 512, 1u << 31); break;
+        case 'd': m->depth = args_number("depth", optarg, 1, MAX_DEPTH); break;
+        case 'n': m->seed = args_number("seed", optarg, 0, INT64_MAX); break;
+        case 't': m->write_ns = args_seconds("seconds", optarg); break;
         case 'f': m->times_path = optarg; break;
         case 'h': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
         /* clang-format on */
     }
-    bool marks = m->n_runs && m->run, times = m->seconds > 0 && m->times_path;
+    bool marks = m->n_runs && m->run, times = m->write_ns && m->times_path;
     if (!m->socket_path || marks == times || optind < argc) {
         warnx("give --socket, and either --runs and --run or --seconds and --times (--help)");
         exit(2);
     }
 }
 
-/* ---- The socket ---- */
-
-static void send_all(int fd, const uint8_t *p, size_t len)
-{
-    for (size_t done = 0; done < len;) {
-        ssize_t n = send(fd, p + done, len - done, MSG_NOSIGNAL);
-        if (n < 0 && (errno == EPIPE || errno == ECONNRESET))
-            errx(1, "the server hung up");
-        if (n < 0 && errno != EINTR)
-            err(1, "sending requests");
-        done += n > 0 ? (size_t)n : 0;
-    }
-}
-
-static void put_request(uint8_t *p, unsigned command, uint64_t cookie, uint64_t off, uint64_t len)
-{
-    put_be32(p, REQUEST_MAGIC);
-    put_be16(p + 4, 0);
-    put_be16(p + 6, command);
-    put_be64(p + 8, cookie);
-    put_be64(p + 16, off);
-    put_be32(p + 24, (uint32_t)len);
-}
+/* ---- Replies ---- */
 
 /* Wait for replies: at least one. */
 static void receive(struct mark *m)
 {
-    ssize_t n;
-    do {
-        n = recv(m->fd, m->in + m->in_len, sizeof m->in - m->in_len, 0);
-    } while (n < 0 && errno == EINTR);
-    if (n < 0 && errno == EAGAIN)
-        errx(1, "the server does not answer");
-    if (n < 0 && errno != ECONNRESET)
-        err(1, "receiving replies");
-    if (n <= 0)
-        errx(1, "the server hung up");
-    m->in_len += (size_t)n;
+    m->in_len += exchange_receive(m->fd, m->in + m->in_len, sizeof m->in - m->in_len);
     uint64_t now = now_ns();
     size_t at = 0;
-    for (; m->in_len - at >= REPLY_LEN; at += REPLY_LEN) {
+    for (; m->in_len - at >= SIMPLE_LEN; at += SIMPLE_LEN) {
         if (get_be32(m->in + at) != SIMPLE_MAGIC || get_be64(m->in + at + 8) >= m->n_sent)
             errx(1, "a malformed reply");
         if (get_be32(m->in + at + 4) != 0)
@@ -175,7 +126,7 @@ static bool next_trim(struct mark *m, uint8_t *p)
     if (m->run_at == m->n_runs)
         return false;
     uint64_t len = MIN(m->run - m->at, TRIM_LEN);
-    put_request(p, CMD_TRIM, m->n_sent++, run_place(m, m->run_at) + m->at, len);
+    exchange_request(p, CMD_TRIM, m->n_sent++, run_place(m, m->run_at) + m->at, (uint32_t)len);
     m->at += len;
     if (m->at == m->run) {
         m->at = 0;
@@ -192,7 +143,7 @@ static void trim_runs(struct mark *m)
         size_t len = 0;
         while (m->n_sent - m->n_done < m->depth && next_trim(m, m->out + len))
             len += REQUEST_LEN;
-        send_all(m->fd, m->out, len);
+        exchange_send(m->fd, m->out, len);
         if (m->n_done < m->n_sent)
             receive(m);
     } while (m->n_done < m->n_sent || m->run_at < m->n_runs);
@@ -202,13 +153,13 @@ static void trim_runs(struct mark *m)
 
 static void write_on(struct mark *m)
 {
-    uint64_t end = now_ns() + (uint64_t)(m->seconds * 1e9), blocks = m->e.size / WRITE_LEN;
+    uint64_t end = now_ns() + m->write_ns, blocks = m->e.size / WRITE_LEN;
     memset(m->out, 0x5a, sizeof m->out);
     do {
         while (m->n_sent - m->n_done < m->depth && now_ns() < end) {
             uint64_t at = pattern_mix(pattern_mix(m->seed) + m->n_sent) % blocks * WRITE_LEN;
-            put_request(m->out, CMD_WRITE, m->n_sent++, at, WRITE_LEN);
-            send_all(m->fd, m->out, REQUEST_LEN + WRITE_LEN);
+            exchange_request(m->out, CMD_WRITE, m->n_sent++, at, WRITE_LEN);
+            exchange_send(m->fd, m->out, REQUEST_LEN + WRITE_LEN);
         }
         if (m->n_done < m->n_sent)
             receive(m);

@@ -20,7 +20,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "args.h"
 #include "base/bytes.h"
+#include "clock.h"
 #include "latency.h"
 #include "pattern.h"
 
@@ -32,7 +34,7 @@ static const char usage[] =
     "usage: uringload --file FILE (--time SECONDS | --requests N) [options]\n"
     "\n"
     "  --depth N       requests in flight (1)\n"
-    "  --block BYTES   size of a request (4k); suffixes k, M\n"
+    "  --block BYTES   size of a request (4k); suffixes k, M, G, T\n"
     "  --sequential    in order, again from the start at the end (default: random)\n"
     "  --reads PERCENT 100 (default) or 0: reads or writes\n"
     "  --recheck       afterwards read back, in full, every block that was written\n"
@@ -76,38 +78,7 @@ struct load {
     unsigned free_slots[MAX_DEPTH], n_free;
 };
 
-static uint64_t clock_ns(clockid_t id)
-{
-    struct timespec ts;
-    clock_gettime(id, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
-
 /* ---- Command line ---- */
-
-static uint64_t parse_number(const char *what, const char *s, uint64_t min, uint64_t max)
-{
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(s, &end, 0);
-    unsigned shift = *end == 'k' ? 10 : *end == 'M' ? 20 : 0;
-    if (errno || end == s || *s == '-' || end[shift != 0] || v > max >> shift || v << shift < min) {
-        warnx("--%s: '%s' is not a number from %" PRIu64 " to %" PRIu64, what, s, min, max);
-        exit(2);
-    }
-    return v << shift;
-}
-
-static uint64_t parse_seconds(const char *s)
-{
-    char *end;
-    double v = strtod(s, &end);
-    if (end == s || *end || !(v > 0 && v < 1e6)) {
-        warnx("--time: '%s' is not a number of seconds", s);
-        exit(2);
-    }
-    return (uint64_t)(v * 1e9);
-}
 
 static void parse_command_line(int argc, char **argv, struct load *l)
 {
@@ -123,14 +94,14 @@ static void parse_command_line(int argc, char **argv, struct load *l)
         /* clang-format off */
         switch (c) {
         case 'f': l->path = optarg; break;
-        case 'd': l->depth = parse_number("depth", optarg, 1, MAX_DEPTH); break;
-        case 'b': l->block = parse_number("block", optarg, 512, MAX_BLOCK); break;
-        case 'r': reads = parse_number("reads", optarg, 0, 100); break;
+        case 'd': l->depth = args_number("depth", optarg, 1, MAX_DEPTH); break;
+        case 'b': l->block = args_size("block", optarg, 512, MAX_BLOCK); break;
+        case 'r': reads = args_number("reads", optarg, 0, 100); break;
         case 's': l->main.order = ORDER_SEQUENTIAL; break;
-        case 't': l->main.time_ns = parse_seconds(optarg); break;
-        case 'n': l->main.requests = parse_number("requests", optarg, 1, INT64_MAX); break;
+        case 't': l->main.time_ns = args_seconds("time", optarg); break;
+        case 'n': l->main.requests = args_number("requests", optarg, 1, INT64_MAX); break;
         case 'c': l->recheck = true; break;
-        case 'e': l->seed = parse_number("seed", optarg, 0, INT64_MAX); break;
+        case 'e': l->seed = args_number("seed", optarg, 0, INT64_MAX); break;
         case 'h': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
