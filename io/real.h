@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What the two real engines share. real.c runs the loops and their threads, real_file.c and
- * real_sock.c do files and sockets, pool.c runs what would block. An engine (`struct backend`) only
- * says how a loop waits, how a file request that may block is started, and how readiness of a
- * descriptor is awaited. Only files of io/ include this. */
+ * its neighbours (io/real_file.h) do files, real_sock.c sockets, pool.c runs what would block. An
+ * engine (`struct backend`) only says how a loop waits, how a file request that may block is
+ * started, and how readiness of a descriptor is awaited. Only files of io/ include this. */
 #pragma once
 #include <pthread.h>
 #include <signal.h>

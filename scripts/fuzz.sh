@@ -10,7 +10,7 @@ seconds=${1:-10}
 out=build/fuzz
 mkdir -p "$out"
 
-io='io/loop.c io/io.c io/event.c io/buf.c io/real.c io/real_file.c io/real_sock.c io/pool.c io/engine_portable.c'
+io="$(ls io/real*.c) io/loop.c io/io.c io/event.c io/buf.c io/pool.c io/engine_portable.c"
 co='co/co.c co/sync.c co/switch_x86_64.S'
 [ "$(uname -m)" = x86_64 ] || co='co/co.c co/sync.c co/switch_ucontext.c'
 base='base/error.c base/log.c base/mem.c'

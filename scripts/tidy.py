@@ -114,6 +114,7 @@ PRIVATE = {
     'co/switch.h': 'co',
     'io/loop.h': 'io',
     'io/real.h': 'io',
+    'io/real_file.h': 'io',
     'io/sim_*.h': 'io',
     'bitmap/kernels.h': 'bitmap',
     'bitmap/pages.h': 'bitmap',
