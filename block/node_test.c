@@ -11,20 +11,13 @@
 #include <cmocka.h>
 
 #include "base/bytes.h"
+#include "base/check.h"
 #include "base/mem.h"
 #include "block/driver.h"
 #include "block/root.h"
 #include "io/io.h"
 #include "schema/types.h"
 
-/* cmocka's own asserts jump, which a coroutine must not. */
-#define CHECK(x)                                                                                   \
-    do {                                                                                           \
-        if (!(x)) {                                                                                \
-            fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #x);                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 #define CHECK_TRACE(want)                                                                          \
     do {                                                                                           \
         if (strcmp(fake->trace, want)) {                                                           \

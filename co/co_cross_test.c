@@ -3,7 +3,7 @@
  * run under an emulator (scripts/cross-co.sh). The contract in full is tested by co_test.c; here is
  * what can differ between machines: registers, alignment, floating point, stack growth, the guard.
  */
-#include "co/co.h"
+#include "co/co_test.h"
 #include "co/switch.h"
 #include "co/sync.h"
 #include <inttypes.h>
@@ -14,42 +14,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(x)                                                                                   \
-    do {                                                                                           \
-        if (!(x)) {                                                                                \
-            printf("failed at %s:%d: %s\n", __FILE__, __LINE__, #x);                               \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
-
-/* The smallest scheduler: a run queue. */
-struct test_sched {
-    struct co_sched co;
-    struct co *head, *tail;
-};
-
-static void queue_ready(struct co_sched *co, struct co *c)
-{
-    struct test_sched *s = (struct test_sched *)co;
-    co_set_next(c, NULL);
-    if (s->tail)
-        co_set_next(s->tail, c);
-    else
-        s->head = c;
-    s->tail = c;
-}
-
-static void run(struct test_sched *s)
-{
-    struct co *c;
-    while ((c = s->head)) {
-        s->head = co_next(c);
-        if (!s->head)
-            s->tail = NULL;
-        co_enter(c);
-    }
-}
 
 static uint64_t scramble(uint64_t x)
 {
@@ -98,8 +62,8 @@ static void keep_registers(void *arg)
 
 static void test_registers(void)
 {
-    struct test_sched s = {0};
-    co_sched_init(&s.co, queue_ready);
+    struct sched s;
+    sched_init(&s);
     struct keep k[5];
     for (unsigned n = 0; n < 5; n++) {
         k[n] = (struct keep){.seed = n + 1, .rounds = 200};
@@ -107,7 +71,7 @@ static void test_registers(void)
         CHECK(k[n].self);
         co_wake(k[n].self);
     }
-    run(&s);
+    sched_run(&s);
     for (unsigned n = 0; n < 5; n++)
         CHECK(k[n].ok);
     CHECK(s.co.n_live == 0 && s.co.n_pool == 5);
@@ -130,8 +94,8 @@ static void print_on_stack(void *arg)
 
 static void test_alignment(void)
 {
-    struct test_sched s = {0};
-    co_sched_init(&s.co, queue_ready);
+    struct sched s;
+    sched_init(&s);
     for (int round = 0; round < 3; round++) { /* fresh, then twice from the pool */
         bool ran = false;
         struct co *c = co_new(&s.co, print_on_stack, &ran);
@@ -144,7 +108,7 @@ static void test_alignment(void)
 }
 
 struct nested {
-    struct test_sched *s;
+    struct sched *s;
     unsigned level, sum;
     struct co *child;
 };
@@ -166,8 +130,8 @@ static void enter_next_level(void *arg)
 
 static void test_nested(void)
 {
-    struct test_sched s = {0};
-    co_sched_init(&s.co, queue_ready);
+    struct sched s;
+    sched_init(&s);
     struct nested top = {.s = &s, .level = 10};
     top.child = co_new(&s.co, enter_next_level, &top);
     CHECK(top.child);
@@ -191,7 +155,7 @@ static void go_deep(void *arg)
     (void)descend(*(unsigned *)arg);
 }
 
-static void enter_new(struct test_sched *s, unsigned levels)
+static void enter_new(struct sched *s, unsigned levels)
 {
     struct co *c = co_new(&s->co, go_deep, &levels);
     CHECK(c);
@@ -215,8 +179,8 @@ static void catch_faults(void)
 
 static void test_stack_measured(void)
 {
-    struct test_sched s = {0};
-    co_sched_init(&s.co, queue_ready);
+    struct sched s;
+    sched_init(&s);
     co_measure_stacks(true);
     enter_new(&s, 100);
     co_measure_stacks(false);
@@ -233,8 +197,8 @@ static void test_guard(void)
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {
-        struct test_sched s = {0};
-        co_sched_init(&s.co, queue_ready);
+        struct sched s;
+        sched_init(&s);
         catch_faults();
         enter_new(&s, 1000); /* 512 KB: through the guard */
         _exit(0);
@@ -265,8 +229,8 @@ static void lock_often(void *arg)
 
 static void test_mutex(void)
 {
-    struct test_sched s = {0};
-    co_sched_init(&s.co, queue_ready);
+    struct sched s;
+    sched_init(&s);
     struct co_mutex m = CO_MUTEX_INIT;
     unsigned inside = 0;
     struct locker k[4];
@@ -276,7 +240,7 @@ static void test_mutex(void)
         CHECK(c);
         co_wake(c);
     }
-    run(&s);
+    sched_run(&s);
     for (int n = 0; n < 4; n++)
         CHECK(k[n].rounds == 0);
     CHECK(s.co.n_live == 0 && co_mutex_trylock(&m));

@@ -13,31 +13,13 @@
 #include <cmocka.h>
 
 #include "base/bytes.h"
+#include "base/check.h"
 #include "base/mem.h"
 #include "block/node.h"
 #include "block/root.h"
 #include "block/throttle_group.h"
 #include "io/sim.h"
 #include "schema/types.h"
-
-/* cmocka's own asserts jump, which a coroutine must not. */
-#define CHECK(x)                                                                                   \
-    do {                                                                                           \
-        if (!(x)) {                                                                                \
-            fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #x);                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
-#define CHECK_IN(v, lo, hi)                                                                        \
-    do {                                                                                           \
-        long long v_ = (long long)(v), lo_ = (long long)(lo), hi_ = (long long)(hi);               \
-        if (v_ < lo_ || v_ > hi_) {                                                                \
-            fprintf(stderr, "%s:%d: %s is %lld, not from %lld to %lld\n", __FILE__, __LINE__, #v,  \
-                    v_, lo_, hi_);                                                                 \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
-#define CHECK_EQ(v, want) CHECK_IN(v, want, want)
 
 #define SECOND UINT64_C(1000000000)
 #define MS UINT64_C(1000000)

@@ -141,6 +141,8 @@ def include_fault(path, name):
             return f'{name} is private to {" ".join(u + "/" for u in users.split())}'
     if name == 'io/sim.h' and mine != 'io' and not is_test(path):
         return 'io/sim.h: the simulator is for tests'
+    if name == 'base/check.h' and not is_test(path):
+        return 'base/check.h: the checks are of tests'
     if is_test(path) or mine == other or (mine, name) in ALSO:
         return None  # a test may include what it links
     if mine not in MAY_INCLUDE:
