@@ -7,31 +7,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
+#include "base/check.h"
 #include "io/io.h"
 
 #define N_LOOPS 3
 #define SECOND 1000000000u
-
-/* cmocka's own asserts jump, which a coroutine on another thread must not. */
-#define CHECK(x)                                                                                   \
-    do {                                                                                           \
-        if (!(x)) {                                                                                \
-            fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #x);                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
-#define CHECK_EQ(a, b)                                                                             \
-    do {                                                                                           \
-        long long va = (a), vb = (b);                                                              \
-        if (va != vb) {                                                                            \
-            fprintf(stderr, "%s:%d: %s is %lld, not %s (%lld)\n", __FILE__, __LINE__, #a, va, #b,  \
-                    vb);                                                                           \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 struct run {
     struct io *io;
@@ -74,6 +58,40 @@ static const char *in_dir(const char *name)
     char *s = names[next++ % 4];
     snprintf(s, sizeof names[0], "%s/%s", test_dir, name);
     return s;
+}
+
+/* In $TMPDIR, else in `where`. */
+static inline int make_dir_in(const char *where)
+{
+    const char *tmp = getenv("TMPDIR");
+    snprintf(test_dir, sizeof test_dir, "%s/io_test.XXXXXX", tmp ? tmp : where);
+    return mkdtemp(test_dir) ? 0 : -1;
+}
+
+static inline int make_dir(void **state)
+{
+    return make_dir_in("/tmp");
+}
+
+/* What tests may leave, up to NULL. */
+static inline int remove_files(const char *const *names)
+{
+    while (*names)
+        unlink(in_dir(*names++));
+    return rmdir(test_dir); /* fails when a test left something else */
+}
+
+static inline void fill(unsigned char *p, size_t n, unsigned seed)
+{
+    for (size_t i = 0; i < n; i++)
+        p[i] = (i * 131 + seed * 29 + (i >> 8)) & 0xff;
+}
+
+static inline struct io_file *open_new(const char *name, int flags)
+{
+    struct io_file *f = NULL;
+    CHECK_EQ(io_open(in_dir(name), O_RDWR | O_CREAT | O_TRUNC | flags, 0600, &f), 0);
+    return f;
 }
 
 #define ON_BOTH(name)                                                                              \

@@ -205,11 +205,9 @@ ON_BOTH(both_ways)
 ON_BOTH(end_of_peer)
 
 /* Not in /tmp, which may be a memory file system, where all is cached always. */
-static int make_dir(void **state)
+static int make_disk_dir(void **state)
 {
-    const char *tmp = getenv("TMPDIR");
-    snprintf(test_dir, sizeof test_dir, "%s/send_file_test.XXXXXX", tmp ? tmp : "/var/tmp");
-    return mkdtemp(test_dir) ? 0 : -1;
+    return make_dir_in("/var/tmp");
 }
 
 static int remove_dir(void **state)
@@ -222,5 +220,5 @@ int main(void)
     const struct CMUnitTest tests[] = {
         BOTH(all_of_it), BOTH(deadline), BOTH(refused), BOTH(both_ways), BOTH(end_of_peer),
     };
-    return cmocka_run_group_tests(tests, make_dir, remove_dir);
+    return cmocka_run_group_tests(tests, make_disk_dir, remove_dir);
 }
