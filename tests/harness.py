@@ -9,6 +9,7 @@
 The build under test is $TIDEMARK_BUILD/bin (default: build/bin beside this file). Nothing here
 sleeps: everything waits for an event or a reply, with a deadline.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import socket
 import subprocess
 import tempfile
 import time
+
+import silence
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,9 +41,11 @@ class QmpError(Exception):
 
 
 class Qmp:
-    """One QMP client. Events that come in between are kept in .events."""
+    """One QMP client. Events that come in between are kept in .events. When nothing comes for DEADLINE the
+    TimeoutError says of a `daemon` what it is doing."""
 
-    def __init__(self, path, negotiate=True):
+    def __init__(self, path, negotiate=True, daemon=None):
+        self.daemon, self.asked = daemon, None
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(DEADLINE)
         self.sock.connect(path)
@@ -53,15 +58,27 @@ class Qmp:
     def read(self):
         """The next message, whatever it is."""
         while b'\n' not in self.buf:
-            data = self.sock.recv(1 << 20)
+            with self.patience():
+                data = self.sock.recv(1 << 20)
             if not data:
                 raise EOFError('the daemon closed the connection')
             self.buf += data
         line, self.buf = self.buf.split(b'\n', 1)
         return json.loads(line)
 
+    @contextlib.contextmanager
+    def patience(self):
+        try:
+            yield
+        except TimeoutError as e:
+            if not self.daemon or self.sock.gettimeout() != DEADLINE:
+                raise
+            raise TimeoutError(self.daemon.silence(f'last asked: {self.asked}')) from e
+
     def send(self, obj):
-        self.sock.sendall(json.dumps(obj).encode() + b'\n')
+        self.asked = json.dumps(obj)
+        with self.patience():
+            self.sock.sendall(self.asked.encode() + b'\n')
 
     def reply(self):
         while True:
@@ -169,7 +186,7 @@ class Daemon:
         end = time.monotonic() + DEADLINE
         while True:
             try:
-                return Qmp(self.qmp_path, negotiate)
+                return Qmp(self.qmp_path, negotiate, self)
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.proc.poll() is not None:
                     raise RuntimeError(f'daemon ended with {self.proc.returncode}: {self.log()}')
@@ -180,6 +197,14 @@ class Daemon:
     def log(self):
         with open(self.log_path, errors='replace') as f:
             return f.read()
+
+    def doing(self):
+        """What it is doing now, and its log."""
+        return f'{silence.describe(self.proc.pid)}--- log of {self.kind}:\n{self.log()[-20000:]}'
+
+    def silence(self, words):
+        """What to say when it should have done something, and has not."""
+        return f'{self.kind} says nothing for {DEADLINE:g} s; {words[:2000]}\n{self.doing()}'
 
     def __exit__(self, kind, value, tb):
         died = self.proc.poll() is not None
@@ -199,7 +224,10 @@ class Daemon:
 
     def stop(self, sig=signal.SIGTERM):
         self.proc.send_signal(sig)
-        return self.proc.wait(DEADLINE)
+        try:
+            return self.proc.wait(DEADLINE)
+        except subprocess.TimeoutExpired as e:
+            raise TimeoutError(self.silence(f'last sent: signal {sig}')) from e
 
     def kill(self):
         if self.proc.poll() is None:

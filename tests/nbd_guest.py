@@ -14,6 +14,7 @@ import struct
 import subprocess
 import time
 
+import silence
 from harness import KiB, MiB, run, which
 
 BOOT, FS, DATA = (1 * MiB, 20 * MiB), (21 * MiB, 16 * MiB), (37 * MiB, 8 * MiB)  # (offset, length)
@@ -146,9 +147,10 @@ def make_disk(path, scratch):
 
 
 class Guest:
-    """A running guest; ends with the block."""
+    """A running guest on an export of `daemon`; ends with the block."""
 
-    def __init__(self, uri, limit=120):
+    def __init__(self, daemon, uri, limit=120):
+        self.daemon = daemon
         self.end = time.monotonic() + limit
         self.seen, self.text = b'', b''  # what was read; what of it was not yet asked for
         self.proc = subprocess.Popen(
@@ -180,6 +182,8 @@ class Guest:
         ready, _, _ = select.select([self.proc.stdout], [], [], max(0, self.end - time.monotonic()))
         data = os.read(self.proc.stdout.fileno(), 65536) if ready else b''
         self.seen += data
+        if not ready:
+            print(silence.describe(self.proc.pid), self.daemon.doing())
         assert data, f'the guest {"ended" if ready else "is too slow"}: {self.seen.decode(errors="replace")}'
         self.text += data
 

@@ -505,7 +505,7 @@ def test_a_guest_boots_and_is_backed_up_while_it_writes(d):
     d.cmd('block-dirty-bitmap-add', node='disk', name='all')
     one_round = {(nbd_guest.DATA[0] + i * nbd_guest.BLOCK) // GRANULE for i in range(nbd_guest.N_BLOCKS)}
     data = slice(nbd_guest.DATA[0], sum(nbd_guest.DATA))
-    with nbd_guest.Guest(d.export('disk')) as guest:
+    with nbd_guest.Guest(d, d.export('disk')) as guest:
         assert guest.line('cache') == 'write back'  # so it will flush
         while int(guest.line('round')) < 3:
             pass

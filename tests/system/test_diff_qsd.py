@@ -58,14 +58,11 @@ class Subject:
             for node, offset, length in step['writes']:
                 self.handle[node].pwrite(b'\x5a' * length, offset)
             return None
-        try:
-            m = self.d.qmp.raw(step)
-            if 'cancel' in step['execute'] and 'return' in m:  # also who would run for ever ends now
-                job = step['arguments'].get('id', step['arguments'].get('device'))
-                self.forever -= {job, *self.group_of.get(job, ())}
-            self.settle()
-        except TimeoutError as e:
-            raise AssertionError(f'{self.d.kind} does not answer: {step}') from e
+        m = self.d.qmp.raw(step)
+        if 'cancel' in step['execute'] and 'return' in m:  # also who would run for ever ends now
+            job = step['arguments'].get('id', step['arguments'].get('device'))
+            self.forever -= {job, *self.group_of.get(job, ())}
+        self.settle()
         return m.get('error', {}).get('class')
 
     def settle(self):
@@ -76,7 +73,7 @@ class Subject:
             if all(j['status'] in STEADY or j['status'] == 'waiting' and self.others_wait(j, jobs) or
                    j['status'] == 'running' and j['id'] in self.forever for j in jobs):
                 return
-            assert time.monotonic() < end, jobs
+            assert time.monotonic() < end, f'{jobs}: {self.d.silence("jobs do not come to rest")}'
 
     def others_wait(self, job, jobs):
         """A member of a group waits for one that never ends by itself, or for the user."""
