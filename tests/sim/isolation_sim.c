@@ -5,7 +5,8 @@
  * begin and end. Afterwards each write is in the bitmap of exactly one epoch, one that was
  * recording between the write's beginning and its end; and what began after another write was
  * answered is not in an earlier epoch, whatever the disks: a list is one point in time for all of
- * them. */
+ * them. Nor is any write inside from a list's first action to its last: those that were let in
+ * before have been waited for. */
 #include <errno.h>
 #include <string.h>
 
@@ -39,6 +40,7 @@ struct iso {
     bool stop;
     struct co_group gone;
     unsigned n_lists, n_failed;
+    unsigned n_waited; /* lists that began while a write was inside */
 };
 
 static const char *const disks[N_DISKS] = {"d", "e", "f"};
@@ -77,6 +79,22 @@ static void writer_main(void *arg)
 }
 
 /* ------------------------------------------------------------------ lists */
+
+/* All lists here name all disks. */
+static void check_stillness(void *iso, enum txn_step step, unsigned done)
+{
+    struct iso *s = iso;
+    for (unsigned i = 0; i < N_DISKS; i++)
+        CHECK_SAY(!s->a.n_inside[i], "%u writes of %s are inside at step %d, %u actions done",
+                  s->a.n_inside[i], disks[i], step, done);
+}
+
+static co_fn struct local_outcome run_still(struct iso *s, json_t *list)
+{
+    struct local_props props = {.probe = check_stillness, .probe_arg = s};
+    s->n_waited += s->a.n_inside[0] + s->a.n_inside[1] + s->a.n_inside[2] > 0;
+    return local_run(&s->a, list, &props);
+}
 
 static void add(json_t *list, const char *kind, const char *node, const char *name, const char *key,
                 json_t *value)
@@ -122,7 +140,7 @@ static co_fn void change(struct iso *s)
     for (unsigned i = 0; i < N_DISKS; i++)
         add_change(list, disks[i], old, new, chance_below(&s->a.w->chance, 3));
     s->sent = s->epoch + 1;
-    struct local_outcome o = local_run(&s->a, list, &(struct local_props){0});
+    struct local_outcome o = run_still(s, list);
     CHECK_SAY(o.code == 0, "%s", o.text);
     s->done = ++s->epoch;
     s->n_lists++;
@@ -157,7 +175,7 @@ static co_fn void fail(struct iso *s)
     if (!by_record)
         json_array_append_new(list, json_pack("{s:s,s:{}}", "type", "abort", "data"));
     s->a.store.fail = by_record;
-    struct local_outcome o = local_run(&s->a, list, &(struct local_props){0});
+    struct local_outcome o = run_still(s, list);
     s->a.store.fail = false;
     CHECK_SAY(o.failed == (int)json_array_size(list) - 1, "%d: %s", o.failed, o.text);
     s->n_failed++;
@@ -274,6 +292,7 @@ static co_fn void iso_live(struct world *w)
     co_group_wait(&s->gone);
     harvest(s, s->epoch);
     check_writes(s);
+    CHECK(s->n_waited);
     local_reset(&s->a);
     local_close(&s->a);
 }

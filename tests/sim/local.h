@@ -32,6 +32,7 @@ struct local {
     const char *who; /* prefix of its files and sockets */
     struct instance *inst;
     struct root *writer[3]; /* of d, e, f */
+    unsigned n_inside[3];   /* writes of these that are admitted and not done */
     struct local_store store;
     struct local_sink *sink;
     struct local_event event[LOCAL_EVENTS]; /* since local_forget_events() */
