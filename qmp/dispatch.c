@@ -129,21 +129,14 @@ static co_fn int run_action(struct qmp_call *call, const struct qmp_command *c, 
     return txn_run(&call->inst->txn, &a, 1, &props, &res, err);
 }
 
-int qmp_may_change(const struct qmp_call *call, const char *command, struct tide_error *err)
-{
-    if (monitors_refusing(call->inst->monitors))
-        return tide_fail(err, -ESHUTDOWN, "the daemon is ending: '%s' was not run", command);
-    return 0;
-}
-
 /* Transactions lock for themselves; so do the few commands that say so (QMP_ANYTIME). */
 static co_fn int run_command(struct qmp_call *call, const struct qmp_command *c, void *args,
                              json_t **ret, struct tide_error *err)
 {
     struct graph *g = call->inst->graph;
     int r;
-    if (!(c->flags & (QMP_QUERY | QMP_ANYTIME)) && (r = qmp_may_change(call, c->name, err)) < 0)
-        return r;
+    if (!(c->flags & (QMP_QUERY | QMP_ANYTIME)) && monitors_refusing(call->inst->monitors))
+        return tide_fail(err, -ESHUTDOWN, "the daemon is ending: '%s' was not run", c->name);
     if (c->flags & QMP_ACTION)
         return run_action(call, c, args, err);
     if (c->flags & QMP_ANYTIME)

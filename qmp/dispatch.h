@@ -47,8 +47,6 @@ extern const size_t n_qmp_commands;
  * `client` says who asks. */
 co_fn json_t *qmp_dispatch(struct instance *inst, json_t *request, const char *client,
                            bool *negotiated, bool *oob);
-/* May changes begin still? To be asked with nothing that yields between it and the lock. */
-int qmp_may_change(const struct qmp_call *call, const char *command, struct tide_error *err);
 /* The answer to bytes that are no JSON. */
 json_t *qmp_parse_error(const char *why);
 json_t *qmp_greeting(void);

@@ -26,6 +26,14 @@ static void free_parts(struct instance *inst)
     mem_free(inst);
 }
 
+static int may_begin(void *arg, struct tide_error *err)
+{
+    struct instance *inst = arg;
+    return monitors_refusing(inst->monitors)
+               ? tide_fail(err, -ESHUTDOWN, "the daemon is ending: nothing was run")
+               : 0;
+}
+
 int instance_new(struct io *io, struct instance **out, struct tide_error *err)
 {
     struct instance *inst = mem_zalloc(sizeof *inst);
@@ -63,7 +71,9 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
                                  .jobs = inst->jobs,
                                  .exports = inst->exports,
                                  .store = inst->store,
-                                 .history = inst->history};
+                                 .history = inst->history,
+                                 .may_begin = may_begin,
+                                 .may_begin_arg = inst};
     *out = inst;
     return 0;
 }

@@ -22,16 +22,26 @@ def files(directory):
     return found
 
 
-def locks(directory):
-    """Locks that other processes see on files of the directory: (inode, kind, from, to)."""
-    inodes = {os.lstat(os.path.join(directory, name)).st_ino for name in os.listdir(directory)}
+def read_locks(wanted):
     held = []
     with open('/proc/locks') as f:
         for line in f:
             words = line.split()
-            if words[1] != '->' and int(words[5].split(':')[2]) in inodes:
-                held.append((int(words[5].split(':')[2]), words[1], words[3], words[6], words[7]))
+            device, _, inode = words[5].rpartition(':') if words[1] != '->' else (None, None, None)
+            if (device, inode) in wanted:
+                held.append((int(inode), words[1], words[3], words[6], words[7]))
     return sorted(held)
+
+
+def locks(directory):
+    """Locks that other processes see on files of the directory: (inode, kind, from, to)."""
+    stats = [os.lstat(os.path.join(directory, name)) for name in os.listdir(directory)]
+    wanted = {(f'{os.major(st.st_dev):02x}:{os.minor(st.st_dev):02x}', str(st.st_ino)) for st in stats}
+    # The file is not read at one go: while other processes lock, a line may come twice, or not at all.
+    held = read_locks(wanted)
+    while (again := read_locks(wanted)) != held:
+        held = again
+    return held
 
 
 def open_files(d):

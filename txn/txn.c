@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The engine: lock, stage, quiesce, prepare in order, record; or unwind in reverse.
  *
- * Order (docs/transactions.md, "One transaction step by step"): command lock; slow work that nobody
- * sees; nodes of the whole list quiesced in one go; effects are hidden from queries from the first
- * one on; every action in list order; the record; discards, last first; announcements and gates in
- * list order; locks go; releases. What an unwind gives back is given back before anything is
- * released. */
+ * Order (docs/transactions.md, "One transaction step by step"): slow work that nobody sees and that
+ * needs nobody; command lock; other slow work that nobody sees; nodes of the whole list quiesced in
+ * one go; effects are hidden from queries from the first one on; every action in list order; the
+ * record; discards, last first; announcements and gates in list order; locks go; releases. What an
+ * unwind gives back is given back before anything is released. */
 #include "txn/txn.h"
 
 #include <assert.h>
@@ -256,11 +256,11 @@ struct footprint_lookup txn_lookup(const struct txn_env *env)
 }
 
 /* What the list names, all of it before anything happens. */
-static co_fn int make_footprint(struct txn *t, struct tide_error *err)
+static co_fn int make_footprint(struct txn *t, const struct footprint_lookup *lookup,
+                                struct tide_error *err)
 {
     struct footprint *f = &t->footprint;
-    struct footprint_lookup lookup = txn_lookup(t->env);
-    f->lookup = &lookup;
+    f->lookup = lookup;
     for (size_t i = 0; i < t->n; i++) {
         action_footprint((int)(t->actions[i].entry - txn_actions), t->actions[i].args, (unsigned)i,
                          f);
@@ -301,22 +301,49 @@ static bool stands_alone(const struct footprint *f, unsigned i)
     return true;
 }
 
+static bool reads_a_node(const struct footprint *f, unsigned i)
+{
+    for (size_t k = 0; k < f->n_uses && f->use[k].action <= i; k++) {
+        const struct name_use *u = &f->use[k];
+        if (u->action == i && !u->writes && u->name.kind == STORE_NODE)
+            return true;
+    }
+    return false;
+}
+
 /* Ends at the first failure: the list gets no further than there. */
-static co_fn int stage(struct txn *t, struct tide_error *err)
+static co_fn int stage(struct txn *t, bool locked, struct tide_error *err)
 {
     for (unsigned i = 0; i < t->n && t->footprint.n_uses <= STAGE_USES_MAX; i++) {
         const struct action_ops *ops = t->actions[i].entry->ops;
-        if (!ops->stage || !stands_alone(&t->footprint, i))
+        if ((int)i == t->stage_failed)
+            break;
+        if (!ops->stage || (t->staged && t->staged[i]) || !stands_alone(&t->footprint, i))
+            continue;
+        if (!locked && (!ops->stages_early || reads_a_node(&t->footprint, i)))
             continue;
         if (!t->staged && !(t->staged = mem_calloc(t->n, sizeof *t->staged)))
             return tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n);
         t->current = i;
-        if (ops->stage(t, &t->actions[i], &t->staged[i], &t->stage_err) < 0) {
+        if (ops->stage(t, &t->actions[i], &t->staged[i], &t->stage_err) < 0)
             t->stage_failed = (int)i;
-            break;
-        }
     }
     return 0;
+}
+
+/* Before the lock: what graph and exports have may change at any time, so nothing is looked up. */
+static co_fn int stage_early(struct txn *t, struct tide_error *err)
+{
+    bool any = false;
+    for (size_t i = 0; i < t->n && !any; i++)
+        any = t->actions[i].entry->ops->stages_early;
+    if (!any)
+        return 0;
+    int r = make_footprint(t, NULL, err);
+    if (r == 0)
+        r = stage(t, false, err);
+    footprint_free(&t->footprint);
+    return r;
 }
 
 static co_fn void unstage(struct txn *t)
@@ -443,9 +470,10 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
 {
     struct graph *g = t->env->graph;
     struct quiesce *q = NULL;
-    int r = make_footprint(t, err);
+    struct footprint_lookup lookup = txn_lookup(t->env);
+    int r = make_footprint(t, &lookup, err);
     if (r == 0)
-        r = stage(t, err);
+        r = stage(t, true, err);
     if (r == 0)
         r = hold(t, &q, err);
     if (r == 0) {
@@ -459,7 +487,6 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
         tide_error_suffix(err, "; not undone: %s", res->left.msg);
     release(t, &t->undone, true);
     release(t, &t->armed, false);
-    unstage(t);
     footprint_free(&t->footprint);
     if (r < 0 && !t->props->dry_run)
         remember_failure(t, res, err); /* the lock is enough: guests need not wait for this */
@@ -489,6 +516,10 @@ static int replay(const struct txn_env *env, const struct txn_props *p, struct t
 
 static int begin(struct txn *t, struct txn_result *res, struct tide_error *err)
 {
+    const struct txn_env *env = t->env;
+    int r = env->may_begin ? env->may_begin(env->may_begin_arg, err) : 0;
+    if (r < 0)
+        return r;
     if (t->props->dry_run) {
         t->report = mem_calloc(t->n + 1, sizeof *t->report);
         if (!t->report)
@@ -516,15 +547,20 @@ int txn_run(const struct txn_env *env, const struct action *actions, size_t n,
     TAILQ_INIT(&t.reserved);
     *res = (struct txn_result){.failed = -1};
     t.res = res;
-    graph_lock(env->graph);
     int r = replay(env, props, res, err);
     if (r == 0)
+        r = stage_early(&t, err);
+    graph_lock(env->graph);
+    if (r == 0)
+        r = replay(env, props, res, err); /* again: it may have been run meanwhile */
+    if (r == 0)
         r = begin(&t, res, err);
-    else
-        r = r < 0 ? r : 0;
-    if (r == 0 && !res->replayed)
+    if (r == 0)
         r = run_locked(&t, res, err);
+    unstage(&t);
     graph_unlock(env->graph);
+    if (res->replayed && r > 0)
+        r = 0;
     job_group_put(t.group);
     history_end(env->history, h, r, res, err);
     return r;

@@ -43,6 +43,10 @@ struct action_ops {
      * when its turn comes. prepare gets *out by txn_staged() and owns it then. */
     co_fn int (*stage)(struct txn *t, const struct action *a, void **out, struct tide_error *err);
     co_fn void (*unstage)(struct txn *t, void *staged);
+    /* Stage looks at nothing that a command could change meanwhile but the nodes that the action
+     * names: if it names none, it comes before the command lock, so that a disk which hangs keeps
+     * nobody else from working. */
+    bool stages_early;
 };
 
 struct action_entry {
@@ -101,6 +105,9 @@ struct txn_env {
     struct exports *exports;
     struct store *store;
     struct txn_history *history;
+    /* Asked under the command lock: may a list begin, or is the daemon ending? NULL: it may. */
+    int (*may_begin)(void *arg, struct tide_error *err);
+    void *may_begin_arg;
     void (*probe)(void *arg, enum txn_step step, unsigned done); /* or NULL; must not yield */
     void *probe_arg;
 };
