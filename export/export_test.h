@@ -13,6 +13,7 @@
 #include <cmocka.h>
 
 #include "base/bytes.h"
+#include "base/check.h"
 #include "block/node.h"
 #include "block/root.h"
 #include "block/tracker.h"
@@ -22,25 +23,8 @@
 #include "io/sim.h"
 #include "schema/types.h"
 
-/* cmocka's own asserts jump, which a coroutine must not. */
-#define CHECK(x)                                                                                   \
-    do {                                                                                           \
-        if (!(x)) {                                                                                \
-            fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #x);                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
-#define CHECK_EQ(a, b)                                                                             \
-    do {                                                                                           \
-        long long va = (a), vb = (b);                                                              \
-        if (va != vb) {                                                                            \
-            fprintf(stderr, "%s:%d: %s is %lld, not %s (%lld)\n", __FILE__, __LINE__, #a, va, #b,  \
-                    vb);                                                                           \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
-
 #define DISK (16 * MIB)
+#define NBD_N "{\"type\":\"nbd\",\"node-name\":\"n\","
 
 /* ------------------------------------------------------------------ a daemon */
 
@@ -281,6 +265,20 @@ static inline void request(struct io_sock *s, unsigned cmd, unsigned flags, uint
     put_be32(head + 24, len);
     struct iovec iov[2] = {{head, sizeof head}, {(void *)payload, payload_len}};
     CHECK_EQ(io_send(s, iov, payload_len ? 2 : 1), 0);
+}
+
+/* The same with an extended header, of cookie 42. */
+static inline void ext_request(struct io_sock *s, const struct nbd_request *rq, const void *payload)
+{
+    uint8_t head[NBD_EXT_REQUEST_LEN];
+    put_be32(head, NBD_EXT_REQUEST_MAGIC);
+    put_be16(head + 4, rq->flags);
+    put_be16(head + 6, rq->cmd);
+    put_be64(head + 8, 42);
+    put_be64(head + 16, rq->off);
+    put_be64(head + 24, rq->len);
+    struct iovec iov[2] = {{head, sizeof head}, {(void *)payload, rq->payload}};
+    CHECK_EQ(io_send(s, iov, rq->payload ? 2 : 1), 0);
 }
 
 static inline uint32_t simple_reply(struct io_sock *s, void *data, size_t len)

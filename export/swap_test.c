@@ -8,7 +8,6 @@
 #include "base/mem.h"
 #include "export/export_test.h"
 
-#define NBD_N "{\"type\":\"nbd\",\"node-name\":\"n\","
 #define SECOND 1000000000u
 
 /* Node "o": another file of the same size. */
