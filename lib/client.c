@@ -324,6 +324,25 @@ int client_wait_close(struct client *c, int timeout_ms, struct tide_error *err)
     }
 }
 
+/* Without room among the waiting clients connect() waits, and a signal ends that, with SA_RESTART
+ * too since there is a time limit. Nothing goes on by itself then, as it would with TCP: poll()
+ * calls such a UNIX socket writable and SO_ERROR has no error, but nobody is connected. So it is
+ * called again, for what is left of the time. -errno; -EAGAIN: the time is over. */
+static int connect_in_time(int fd, const struct sockaddr_un *sa)
+{
+    int64_t deadline = now_ms() + GREETING_TIMEOUT_MS;
+    for (int left; (left = left_ms(deadline)) > 0;) {
+        struct timeval most = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
+        if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most) < 0)
+            return -errno;
+        if (connect(fd, (const struct sockaddr *)sa, sizeof *sa) == 0)
+            return 0;
+        if (errno != EINTR)
+            return -errno;
+    }
+    return -EAGAIN;
+}
+
 static int connect_to(const char *path, int *fd, struct tide_error *err)
 {
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
@@ -333,14 +352,10 @@ static int connect_to(const char *path, int *fd, struct tide_error *err)
     *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (*fd < 0)
         return tide_fail(err, -errno, "cannot make a socket: %s", tide_strerror(errno));
-    /* Without room among the waiting clients connect() waits. */
-    struct timeval most = {.tv_sec = GREETING_TIMEOUT_MS / 1000};
-    if (setsockopt(*fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most) < 0 ||
-        connect(*fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
-        int errnum = errno;
+    int r = connect_in_time(*fd, &sa);
+    if (r < 0) {
         close(*fd);
-        return tide_fail(err, CLIENT_UNREACHABLE, "no daemon at '%s': %s", path,
-                         tide_strerror(errnum));
+        return tide_fail(err, CLIENT_UNREACHABLE, "no daemon at '%s': %s", path, tide_strerror(-r));
     }
     return 0;
 }

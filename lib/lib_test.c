@@ -4,13 +4,16 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <tidemark/tidemark.h>
 #include <time.h>
@@ -82,7 +85,9 @@ static void *play(void *arg)
     return NULL;
 }
 
-static struct tide_conn *begin(struct player *p, const char *const *script)
+/* A listener with room for `backlog` + 1 clients, and a thread that runs `main`. */
+static void begin_player(struct player *p, const char *const *script, int backlog,
+                         void *(*main)(void *))
 {
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     *p = (struct player){.dir = "/tmp/tidemark-lib-test-XXXXXX", .script = script};
@@ -91,8 +96,13 @@ static struct tide_conn *begin(struct player *p, const char *const *script)
     memcpy(sa.sun_path, p->path, strlen(p->path) + 1);
     p->listener = socket(AF_UNIX, SOCK_STREAM, 0);
     assert_int_equal(bind(p->listener, (struct sockaddr *)&sa, sizeof sa), 0);
-    assert_int_equal(listen(p->listener, 4), 0);
-    assert_int_equal(pthread_create(&p->thread, NULL, play, p), 0);
+    assert_int_equal(listen(p->listener, backlog), 0);
+    assert_int_equal(pthread_create(&p->thread, NULL, main, p), 0);
+}
+
+static struct tide_conn *begin(struct player *p, const char *const *script)
+{
+    begin_player(p, script, 4, play);
     struct tide_conn *conn = tide_conn_new();
     assert_non_null(conn);
     assert_false(tide_conn_is_open(conn));
@@ -109,6 +119,59 @@ static void end(struct player *p, struct tide_conn *conn)
     close(p->listener);
     unlink(p->path);
     rmdir(p->dir);
+}
+
+/* ---- opening ---- */
+
+enum { N_SIGNALS = 20 };
+static sem_t signalled;
+
+static void note_signal(int sig)
+{
+    sem_post(&signalled);
+}
+
+/* There is no room for another client before so many signals have come. */
+static void *play_late(void *arg)
+{
+    struct player *p = arg;
+    for (unsigned i = 0; i < N_SIGNALS; i++)
+        sem_wait(&signalled);
+    close(accept(p->listener, NULL, NULL));
+    return play(p);
+}
+
+TEST(signals_do_not_end_the_opening)
+{
+    static const char *const script[] = {OK, NULL};
+    struct itimerval often = {{0, 5000}, {0, 5000}};
+    struct sigaction act = {.sa_handler = note_signal, .sa_flags = SA_RESTART}, old;
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    struct player p;
+    sigset_t alarm_only;
+    sigemptyset(&alarm_only);
+    sigaddset(&alarm_only, SIGALRM);
+    assert_int_equal(sem_init(&signalled, 0, 0), 0);
+    assert_int_equal(sigaction(SIGALRM, &act, &old), 0);
+    pthread_sigmask(SIG_BLOCK, &alarm_only, NULL); /* the player's thread gets none */
+    begin_player(&p, script, 0, play_late);
+    int first = socket(AF_UNIX, SOCK_STREAM, 0);
+    memcpy(sa.sun_path, p.path, strlen(p.path) + 1);
+    assert_int_equal(connect(first, (struct sockaddr *)&sa, sizeof sa), 0);
+    pthread_sigmask(SIG_UNBLOCK, &alarm_only, NULL);
+
+    assert_int_equal(setitimer(ITIMER_REAL, &often, NULL), 0);
+    struct tide_conn *conn = tide_conn_new();
+    int r = tide_conn_open(conn, p.path);
+    often = (struct itimerval){0};
+    setitimer(ITIMER_REAL, &often, NULL);
+    if (r < 0)
+        fail_msg("%s", tide_conn_error(conn));
+    assert_int_equal(tide_conn_call(conn, "stop", NULL, NULL), 0);
+    close(first);
+    end(&p, conn);
+    sigaction(SIGALRM, &old, NULL);
+    sem_destroy(&signalled);
 }
 
 /* ---- what is sent ---- */
@@ -480,6 +543,7 @@ int main(void)
 {
     alarm(120); /* a test that hangs dies */
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(signals_do_not_end_the_opening),
         cmocka_unit_test(lists_are_sent_as_they_were_built),
         cmocka_unit_test(a_bad_addition_is_remembered),
         cmocka_unit_test(the_failing_action_can_be_read),
