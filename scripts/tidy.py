@@ -289,6 +289,7 @@ WRITABLE = {
 def check_globals():
     """No archive of build/ has a writable variable that is not on the list."""
     archives = sorted(glob.glob(os.path.join(BUILD, '*', 'lib*.a')))
+    archives = [a for a in archives if not a.endswith('/libtidemark.a')]  # one object of others' parts
     if not archives:
         yield 'build', 1, 'no archives: run ./run --build-only first'
         return
