@@ -16,15 +16,22 @@
 
 /* ---- the client ---- */
 
-/* A daemon that says what it is told, whatever it is asked: `script` has one text for the greeting
- * and one for every request; NULL closes the connection. */
-static pid_t play(struct dir *d, const char *const *script)
+/* At "s" in the directory. */
+static int listen_in(struct dir *d)
 {
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     snprintf(sa.sun_path, sizeof sa.sun_path, "%s/s", d->path);
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);
     assert_int_equal(bind(listener, (struct sockaddr *)&sa, sizeof sa), 0);
     assert_int_equal(listen(listener, 1), 0);
+    return listener;
+}
+
+/* A daemon that says what it is told, whatever it is asked: `script` has one text for the greeting
+ * and one for every request; NULL closes the connection. */
+static pid_t play(struct dir *d, const char *const *script)
+{
+    int listener = listen_in(d);
     pid_t pid = fork();
     if (pid == 0) {
         char buf[4096];
@@ -303,13 +310,9 @@ TEST(lost_sight_while_a_backup_begins)
     "\"paused\"}]}"
 
 /* A daemon that answers every request by `answer`. */
-static pid_t play_on(struct dir *d, const char *answer, const char *path)
+static pid_t play_on(struct dir *d, const char *answer)
 {
-    struct sockaddr_un sa = {.sun_family = AF_UNIX};
-    snprintf(sa.sun_path, sizeof sa.sun_path, "%s", path);
-    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
-    assert_int_equal(bind(listener, (struct sockaddr *)&sa, sizeof sa), 0);
-    assert_int_equal(listen(listener, 1), 0);
+    int listener = listen_in(d);
     pid_t pid = fork();
     if (pid == 0) {
         char buf[4096];
@@ -330,7 +333,7 @@ TEST(waiting_for_jobs_that_stand_ends)
     char path[80];
     dir_new(&d);
     snprintf(path, sizeof path, "%s/s", d.path);
-    pid_t pid = play_on(&d, STANDING, path);
+    pid_t pid = play_on(&d, STANDING);
     struct cli c = {.socket = path, .args = words, .n_args = 4};
     alarm(60); /* a test that hangs dies */
     assert_int_equal(cmd_job_wait(&c), CLI_PARTLY);
