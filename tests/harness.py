@@ -186,13 +186,25 @@ class Daemon:
         end = time.monotonic() + DEADLINE
         while True:
             try:
-                return Qmp(self.qmp_path, negotiate, self)
+                q = Qmp(self.qmp_path, False, self)
+                break
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.proc.poll() is not None:
                     raise RuntimeError(f'daemon ended with {self.proc.returncode}: {self.log()}')
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.01)  # the only way to wait for a socket file without inotify
+        if self.kind == 'qsd':
+            self.unblock_accept()
+        if negotiate:
+            q.cmd('qmp_capabilities')
+        return q
+
+    def unblock_accept(self):
+        """While it starts, two threads of qemu-storage-daemon 7.2 may see one client: one takes it, the other
+        waits in accept() until another one comes, and nothing is answered. That other one is this."""
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(self.qmp_path)
 
     def log(self):
         with open(self.log_path, errors='replace') as f:
