@@ -91,13 +91,6 @@ static void first_is_answered_body(struct io *io)
 
 ON_BOTH(first_is_answered)
 
-static int make_dir(void **state)
-{
-    const char *tmp = getenv("TMPDIR");
-    snprintf(test_dir, sizeof test_dir, "%s/slow_write_test.XXXXXX", tmp ? tmp : "/tmp");
-    return mkdtemp(test_dir) ? 0 : -1;
-}
-
 static int remove_dir(void **state)
 {
     return rmdir(test_dir);
