@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the suites, prints a line for each, counts.
 
-Most of them one after the other; those that measure no time and keep both processors busy are done
-beside the long ones, which mostly wait, with what these leave. A stage is a command that writes a JUnit file, or one that counts as a single test by its exit status
-(77: skipped). Output goes to build/check/STAGE.log and is shown when the stage fails.
+A stage is a command that writes a JUnit file, or one that counts as a single test by its exit status
+(77: skipped). Its output goes to build/check/STAGE.log and is shown when the stage fails. Stages run in
+lanes, all lanes at once and the stages of a lane one after the other. Tests with daemons keep one
+processor busy and wait now and then; there are two lanes of them, and a third, of a lower priority, for
+what only computes: it takes what the others leave, and the machine when they are done. What measures
+speed comes last, alone.
 """
-import glob
+import concurrent.futures
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,32 +25,24 @@ LONG = '--long' in sys.argv
 
 
 class Stage:
-    beside = False  # run beside what follows, up to the next stage that wants to be alone
-    alone = False
-
-    def __init__(self, name, command, env=None, junit=None, limit=600):
+    def __init__(self, name, command, env=None, junit=None, limit=1200):
         self.name, self.command, self.env, self.junit, self.limit = name, command, env or {}, junit, limit
 
 
-def beside(stage):
+def nice(stage):
+    """It gets little of the machine while others want it, so it may take long."""
     stage.command = ['nice', '-n', '10', *stage.command]
     stage.limit *= 2
-    stage.beside = True
     return stage
 
 
-def alone(stage):
-    stage.alone = True
-    return stage
-
-
-def meson(name, build, *args, env=None, limit=600):
+def meson(name, build, *args, env=None, limit=1200):
     junit = os.path.join(ROOT, build, 'meson-logs', 'testlog-' + name + '.junit.xml')
     return Stage(name, ['meson', 'test', '-C', build, '--no-rebuild', '--print-errorlogs', '--logbase',
-                        'testlog-' + name, '--timeout-multiplier', '4', *args], env, junit, limit)
+                        'testlog-' + name, '--timeout-multiplier', '20', *args], env, junit, limit)
 
 
-def pytest(name, build, *args, env=None, limit=600):
+def pytest(name, build, *args, env=None, limit=1200):
     junit = os.path.join(OUT, name + '.xml')
     return Stage(name, [PYTHON, '-m', 'pytest', '-q', '-ra', '-p', 'no:cacheprovider',
                         '--junitxml', junit, *args],
@@ -63,27 +59,33 @@ ANY_ENGINE = [] if LONG else ['--ignore=tests/system/test_' + name + '.py' for n
     'explain_swaps', 'library')]
 
 
-def stages():
+def lanes():
     seeds = {'SIM_SEEDS': '20000'} if LONG else {}
     lists = {'TIDEMARK_FUZZ_LISTS': '100000'} if LONG else {}
-    hours = 4 * 3600 if LONG else 600
+    hours = 4 * 3600 if LONG else 1200
     return [
-        Stage('tidy', [PYTHON, 'scripts/tidy.py', *(['--deep'] if LONG else [])], limit=hours),
-        meson('unit', 'build-asan', '--suite', 'unit', env=seeds, limit=hours),
-        beside(meson('unit-tsan', 'build-tsan', '--suite', 'unit', limit=hours)),
-        beside(meson('sim', 'build-asan', '--suite', 'sim', env=seeds, limit=hours)),
-        beside(Stage('model', ['model/run', *([] if LONG else ['--quick'])], limit=hours)),
-        beside(Stage('fuzz', ['scripts/fuzz.sh', '600' if LONG else '10'], limit=hours)),
-        beside(meson('cross', 'build', '--suite', 'cross')),
-        pytest('system', 'build-asan', 'tests/system', env=lists, limit=hours),
-        pytest('interop', 'build-asan', 'tests/interop'),
-        alone(meson('tool', 'build', '--suite', 'system')),
-        pytest('portable', 'build', 'tests/system', 'tests/interop', *ANY_ENGINE,
-               env={'TIDEMARK_ENGINE': 'portable'}, limit=hours),
-        pytest('threads', 'build-tsan', 'tests/interop', 'tests/system/test_cbw.py',
-               'tests/system/test_transaction.py', 'tests/system/test_isolation.py',
-               'tests/system/test_slow_disk.py',
-               'tests/system/test_block_path.py::test_parts_of_a_block_written_at_once', NO_GUEST),
+        [pytest('system', 'build-asan', 'tests/system', env=lists, limit=hours),
+         pytest('interop', 'build-asan', 'tests/interop'),
+         # Its time is that of the clock: it needs a processor.
+         Stage('fuzz', ['scripts/fuzz.sh', '600' if LONG else '10'], limit=hours),
+         meson('tool', 'build', '--suite', 'system')],
+        [meson('unit', 'build-asan', '--suite', 'unit', env=seeds, limit=hours),
+         pytest('portable', 'build', 'tests/system', 'tests/interop', *ANY_ENGINE,
+                env={'TIDEMARK_ENGINE': 'portable'}, limit=hours),
+         pytest('threads', 'build-tsan', 'tests/interop', 'tests/system/test_cbw.py',
+                'tests/system/test_transaction.py', 'tests/system/test_isolation.py',
+                'tests/system/test_slow_disk.py',
+                'tests/system/test_block_path.py::test_parts_of_a_block_written_at_once', NO_GUEST),
+         meson('cross', 'build', '--suite', 'cross')],
+        [nice(Stage('tidy', [PYTHON, 'scripts/tidy.py', *(['--deep'] if LONG else [])], limit=hours)),
+         nice(Stage('model', ['model/run', *([] if LONG else ['--quick'])], limit=hours)),
+         nice(meson('sim', 'build-asan', '--suite', 'sim', env=seeds, limit=hours)),
+         nice(meson('unit-tsan', 'build-tsan', '--suite', 'unit', limit=hours))],
+    ]
+
+
+def last():
+    return [
         Stage('demo', ['./run']),
         Stage('bench', ['bench/run', '--quick', '--peer', 'tidemarkd,qsd,no-server', '--cases',
                         '^(4k-rand(read|write|mixed)-qd16|1m-seqwrite-qd16|tmpfs:4k-randread-qd64|'
@@ -105,20 +107,28 @@ def count_junit(path):
     return passed, failed, skipped
 
 
+def execute(command, log, limit, env):
+    """Its exit status, and the seconds of processors that it and its children took."""
+    p = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=log, stderr=log,
+                         stdin=subprocess.DEVNULL)
+    timer = threading.Timer(limit, os.kill, (p.pid, signal.SIGKILL))
+    timer.start()
+    _, status, used = os.wait4(p.pid, 0)
+    p.returncode = os.waitstatus_to_exitcode(status)
+    timer.cancel()
+    return p.returncode, used.ru_utime + used.ru_stime
+
+
 def run(stage):
     log = os.path.join(OUT, stage.name + '.log')
     if stage.junit and os.path.exists(stage.junit):
         os.unlink(stage.junit)
     begin = time.monotonic()
     with open(log, 'wb') as f:
-        try:
-            code = subprocess.run(stage.command, cwd=ROOT, env={**os.environ, **stage.env}, stdout=f,
-                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                  timeout=stage.limit).returncode
-        except subprocess.TimeoutExpired:
+        code, cpu = execute(stage.command, f, stage.limit, stage.env)
+        seconds = time.monotonic() - begin
+        if seconds >= stage.limit:
             f.write(b'\nended: it took too long\n')
-            code = 124
-    seconds = time.monotonic() - begin
     if stage.junit and os.path.exists(stage.junit):
         passed, failed, skipped = count_junit(stage.junit)
         if code not in (0, 77) and not failed:
@@ -127,45 +137,34 @@ def run(stage):
         passed, failed, skipped = 0, [], 1
     else:
         passed, failed, skipped = (1, [], 0) if code == 0 else (0, [stage.name], 0)
-    print(f'{stage.name:<10} {passed:5} passed {len(failed):3} failed {skipped:3} skipped '
-          f'{seconds:7.1f} s', flush=True)
+    lines = [f'{stage.name:<10} {passed:5} passed {len(failed):3} failed {skipped:3} skipped '
+             f'{seconds:7.1f} s {cpu:7.1f} s of processors\n']
     if failed:
         with open(log, errors='replace') as f:
-            print(''.join(f.readlines()[-80:]), flush=True)
+            lines += f.readlines()[-80:]
+    print(''.join(lines), end='', flush=True)
     return passed, failed, skipped
 
 
-def run_all(todo):
-    results, lane = [], None
-    side = [s for s in todo if s.beside]
-
-    def run_side():
-        for stage in side:
-            results.append(run(stage))
-    for stage in [*(s for s in todo if not s.beside), None]:
-        if lane is None and side and (stage is None or stage.name == 'system'):
-            lane = threading.Thread(target=run_side)
-            lane.start()
-        if lane and (stage is None or stage.alone):
-            lane.join()
-            lane, side = None, []
-        if stage:
-            results.append(run(stage))
-    return results
+def run_lanes(lanes):
+    """All at once, the stages of one after the other; what run() said of each stage."""
+    with concurrent.futures.ThreadPoolExecutor(len(lanes)) as pool:
+        return [r for lane in pool.map(lambda stages: [run(s) for s in stages], lanes) for r in lane]
 
 
 def main():
     os.makedirs(OUT, exist_ok=True)
     wanted = [a for a in sys.argv[1:] if not a.startswith('--')]
-    todo = [s for s in stages() if not wanted or s.name in wanted]
+    names = [s.name for lane in [*lanes(), last()] for s in lane]
     if '--list' in sys.argv:
-        print('\n'.join(s.name for s in stages()))
+        print('\n'.join(names))
         return 0
-    unknown = set(wanted) - {s.name for s in stages()}
+    unknown = set(wanted) - set(names)
     if unknown:
         print(f'check: no stage {", ".join(sorted(unknown))}; see ./check --list', file=sys.stderr)
         return 2
-    results = run_all(todo)
+    chosen = [[s for s in lane if not wanted or s.name in wanted] for lane in [*lanes(), last()]]
+    results = run_lanes(chosen[:-1]) + run_lanes(chosen[-1:])
     failed = [f for r in results for f in r[1]]
     for name in failed:
         print('FAILED', name)
