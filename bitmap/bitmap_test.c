@@ -417,13 +417,24 @@ static void step(struct world *w)
     check_window(w->b[i], w->m[i], off, off + MIN(len, UINT64_MAX - off));
 }
 
+/* One thread has no races: few are enough where they take long. */
+#ifdef __SANITIZE_THREAD__
+#define N_STEPS 50u
+#define N_LISTS 2u
+#define ALLOCATION_STEP 5u /* of the allocations that fail */
+#else
+#define N_STEPS 250u
+#define N_LISTS 10u
+#define ALLOCATION_STEP 1u
+#endif
+
 static void random_against_model(void **state)
 {
     for (unsigned s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         struct world w;
         seed = 1000003 * (s + 1);
         world_init(&w, &shapes[s]);
-        for (unsigned k = 0; k < 250; k++) {
+        for (unsigned k = 0; k < N_STEPS; k++) {
             step(&w);
             for (unsigned i = 0; i < N; i++)
                 check(w.b[i], w.m[i]);
@@ -546,15 +557,6 @@ static void list_once(struct world *w)
             check(w->b[i], w->m[i]);
     }
 }
-
-/* One thread has no races: few are enough where they take long. */
-#ifdef __SANITIZE_THREAD__
-#define N_LISTS 2u
-#define ALLOCATION_STEP 5u /* of the allocations that fail */
-#else
-#define N_LISTS 10u
-#define ALLOCATION_STEP 1u
-#endif
 
 static void random_lists_taken_back(void **state)
 {
