@@ -368,15 +368,15 @@ def test_what_stands_under_a_node_of_the_list_itself_may_be_any(d):
 
 
 def test_explaining_a_long_list_takes_no_time(d):
-    """The daemon answers nobody else meanwhile. Linear; each of these took ten seconds and more."""
+    """The daemon answers nobody else meanwhile. Linear; each of these took the processor ten seconds and more."""
     lists = ([act('add', node='d0', name=f'b{i}') for i in range(30000)],
              [act('add', node=f'n{i}', name='b') for i in range(30000)],
              [{'type': 'block-export-del', 'data': {'id': 'e'}},
               act('merge', node='d0', target='t', bitmaps=[f'b{i}' for i in range(30000)])])
     for actions, n_edges, n_holds in zip(lists, (0, 0, 1), (1, 30000, 1)):
-        start = time.monotonic()
+        start = d.cpu_seconds()
         edges, holds = explained(d, actions)
-        assert time.monotonic() - start < 8
+        assert d.cpu_seconds() - start < 8
         assert len(edges) == n_edges and len(holds) == n_holds
     assert len(edges[1, 0]) == 30001  # the state of each
 
