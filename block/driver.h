@@ -43,8 +43,8 @@ struct driver_ops {
      */
     struct io_file *(*offload)(struct node *n, uint64_t *base);
     uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
-    /* Does it have this file open? NULL: it has none. */
-    bool (*is_file)(const struct node *n, uint64_t dev, uint64_t ino);
+    /* Which file it has open (device number, inode). NULL: it has none. */
+    void (*file_id)(const struct node *n, uint64_t *dev, uint64_t *ino);
     /* Do both keep others from the same file by locks? NULL: it locks nothing. */
     bool (*same_locks)(const struct node *n, const struct node *other);
     /* Has another process, or another node, locked one of these bytes? -EAGAIN. */

@@ -113,11 +113,24 @@ void graph_each(struct graph *g, void (*fn)(void *, struct node *), void *arg)
         fn(arg, n);
 }
 
+bool node_file(const struct node *n, uint64_t *dev, uint64_t *ino)
+{
+    if (n->ops->file_id)
+        n->ops->file_id(n, dev, ino);
+    return n->ops->file_id != NULL;
+}
+
+static bool is_file(const struct node *n, uint64_t dev, uint64_t ino)
+{
+    uint64_t own_dev, own_ino;
+    return node_file(n, &own_dev, &own_ino) && own_dev == dev && own_ino == ino;
+}
+
 struct node *graph_find_file(struct graph *g, uint64_t dev, uint64_t ino)
 {
     struct node *n;
     TAILQ_FOREACH (n, &g->nodes, link) {
-        if (n->ops->is_file && n->ops->is_file(n, dev, ino))
+        if (is_file(n, dev, ino))
             return n;
     }
     return NULL;
@@ -127,7 +140,7 @@ struct node *graph_find_left_file(struct graph *g, uint64_t dev, uint64_t ino)
 {
     struct node *n;
     TAILQ_FOREACH (n, &g->leaving, link) {
-        if (n->perm && n->ops->is_file && n->ops->is_file(n, dev, ino))
+        if (n->perm && is_file(n, dev, ino))
             return n;
     }
     return NULL;
@@ -140,7 +153,7 @@ int node_lock_test(struct node *n, uint64_t first, uint64_t len)
 
 bool node_stands_on_file(const struct node *n, uint64_t dev, uint64_t ino)
 {
-    bool found = n->ops->is_file && n->ops->is_file(n, dev, ino);
+    bool found = is_file(n, dev, ino);
     for (unsigned i = 0; i < n->n_children && !found; i++)
         found = node_stands_on_file(n->child[i], dev, ino);
     return found;

@@ -109,7 +109,9 @@ int graph_find_err(struct graph *g, const char *name, struct node **out, struct 
 /* Newest first: calls fn(arg, node) for every node, those without a name of their own included. */
 void graph_each(struct graph *g, void (*fn)(void *arg, struct node *n), void *arg);
 
-/* A node over that file (device number, inode); NULL: none. */
+/* The file (device number, inode) that this very node is over; false: it is over none. */
+bool node_file(const struct node *n, uint64_t *dev, uint64_t *ino);
+/* A node over that file; NULL: none. */
 struct node *graph_find_file(struct graph *g, uint64_t dev, uint64_t ino);
 /* One that the list under way has taken out of sight, and for which it is still locked. */
 struct node *graph_find_left_file(struct graph *g, uint64_t dev, uint64_t ino);

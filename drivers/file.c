@@ -170,10 +170,11 @@ static void file_close(struct node *n)
     io_close(s->f);
 }
 
-static bool file_is_file(const struct node *n, uint64_t dev, uint64_t ino)
+static void file_id(const struct node *n, uint64_t *dev, uint64_t *ino)
 {
     const struct file *s = n->state;
-    return s->dev == dev && s->ino == ino;
+    *dev = s->dev;
+    *ino = s->ino;
 }
 
 /* ------------------------------------------------------------------ locks */
@@ -429,7 +430,7 @@ static uint64_t file_allocated(struct node *n)
     .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,             \
     .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,    \
     .flush = file_flush, .extent = file_extent, .offload = file_offload,                           \
-    .allocated = file_allocated, .is_file = file_is_file, .same_locks = file_same_locks,           \
+    .allocated = file_allocated, .file_id = file_id, .same_locks = file_same_locks,                \
     .lock_test = file_lock_test
 
 const struct driver_ops file_driver = {.name = "file", .open = file_open, FILE_OPS};

@@ -759,6 +759,18 @@ struct node *export_node(struct exports *x, const char *id)
     return e ? export_shows(e) : NULL;
 }
 
+const char *export_name_of(struct exports *x, const char *id)
+{
+    struct export *e = find(x, id);
+    return e ? e->name : NULL;
+}
+
+struct dirty_bitmap *export_bitmap(struct exports *x, const char *id, unsigned i)
+{
+    struct export *e = find(x, id);
+    return e && i < e->nbd.n_bitmaps ? e->nbd.bitmaps[i] : NULL;
+}
+
 json_t *exports_query(struct exports *x)
 {
     json_t *all = json_array();

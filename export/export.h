@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "co/co.h"
 
+struct dirty_bitmap;
 struct event_bus;
 struct exports;
 struct graph;
@@ -42,6 +43,10 @@ co_fn int export_del_by_name(struct exports *x, const char *name, bool hard,
                              struct tide_error *err);
 /* What an export shows; NULL: there is no such export. */
 struct node *export_node(struct exports *x, const char *id);
+/* Its name in the NBD server; NULL: there is no such export. */
+const char *export_name_of(struct exports *x, const char *id);
+/* Its i-th bitmap; NULL: no more. */
+struct dirty_bitmap *export_bitmap(struct exports *x, const char *id, unsigned i);
 json_t *exports_query(struct exports *x); /* query-block-exports: newest first */
 /* Writable exports, newest first: fn(arg, id, node name). For query-block. */
 void exports_each_writable(struct exports *x,
