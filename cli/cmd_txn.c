@@ -332,7 +332,7 @@ int cmd_txn_check(struct cli *c)
 static int explain_here(struct cli *c, const struct txn_list *list, json_t **out)
 {
     struct arena arena = {0};
-    struct footprint f = {0};
+    struct footprint f = {.explains = true};
     struct tide_error err;
     json_t *action;
     size_t i;

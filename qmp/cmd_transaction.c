@@ -10,6 +10,7 @@
 #include "qmp/dispatch.h"
 #include "qmp/instance.h"
 #include "schema/handlers.h"
+#include "txn/file_ids.h"
 #include "txn/footprint.h"
 #include "txn/history.h"
 
@@ -151,20 +152,41 @@ static int run(struct qmp_call *call, const struct action *a, size_t n,
     return r;
 }
 
+static co_fn void add_all(struct io *io, struct footprint *f, const struct action *a, size_t n)
+{
+    struct io_turns turns = {io};
+    for (size_t i = 0; i < n; i++) {
+        action_footprint((int)(a[i].entry - txn_actions), a[i].args, (unsigned)i, f);
+        io_turns_step(&turns);
+    }
+}
+
+/* Which files the list names is found out beforehand, since it takes its time. */
+static co_fn int find_files(struct qmp_call *call, const struct action *a, size_t n,
+                            struct footprint_lookup *l)
+{
+    struct footprint f = {0};
+    add_all(call->inst->io, &f, a, n);
+    l->file_key = file_ids_key;
+    l->file_arg = f.no_memory ? NULL : file_ids_new(call->inst->file_questions, &f);
+    footprint_free(&f);
+    return l->file_arg ? 0 : -ENOMEM;
+}
+
 static co_fn int explain(struct qmp_call *call, const struct action *a, size_t n, json_t **ret,
                          struct tide_error *err)
 {
     struct footprint_lookup lookup = txn_lookup(&call->inst->txn);
-    struct footprint f = {.lookup = &lookup};
-    struct io_turns turns = {call->inst->io};
+    struct footprint f = {.lookup = &lookup, .explains = true};
+    int r = find_files(call, a, n, &lookup);
+    if (r < 0)
+        return no_memory(err);
     graph_query_begin(call->inst->graph);
-    for (size_t i = 0; i < n; i++) {
-        action_footprint((int)(a[i].entry - txn_actions), a[i].args, (unsigned)i, &f);
-        io_turns_step(&turns);
-    }
+    add_all(call->inst->io, &f, a, n);
     graph_query_end(call->inst->graph);
-    int r = footprint_explain(&f, EXPLAIN_MAX, ret);
+    r = footprint_explain(&f, EXPLAIN_MAX, ret);
     footprint_free(&f);
+    file_ids_free(lookup.file_arg);
     if (r == -E2BIG)
         return tide_fail(err, r,
                          "more than %u pairs of actions depend on each other, or for more than %u "

@@ -11,6 +11,7 @@
 #include "job/job.h"
 #include "qmp/monitor.h"
 #include "store/store.h"
+#include "txn/file_ids.h"
 #include "txn/history.h"
 
 static void free_parts(struct instance *inst)
@@ -18,6 +19,7 @@ static void free_parts(struct instance *inst)
     monitors_free(inst->monitors);
     objects_free(inst);
     history_free(inst->history);
+    file_questions_free(inst->file_questions);
     store_free(inst->store);
     exports_free(inst->exports);
     jobs_free(inst->jobs);
@@ -57,6 +59,8 @@ int instance_new(struct io *io, struct instance **out, struct tide_error *err)
         jobs_set_store(inst->jobs, inst->store);
     if (r == 0)
         r = history_new(&inst->history);
+    if (r == 0)
+        r = file_questions_new(io, &inst->file_questions);
     if (r == 0)
         r = monitors_new(inst, &inst->monitors);
     if (r < 0) {

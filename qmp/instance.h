@@ -11,6 +11,7 @@
 
 struct event_bus;
 struct exports;
+struct file_questions;
 struct graph;
 struct jobs;
 
@@ -23,6 +24,7 @@ struct instance {
     struct object_list objects;
     struct store *store;
     struct txn_history *history;
+    struct file_questions *file_questions;
     struct txn_env txn;
     struct monitors *monitors;
     struct io_event quit; /* somebody asked the daemon to end */

@@ -13,6 +13,7 @@
 #include "job/backup.h"
 #include "schema/types.h"
 #include "txn/actions.h"
+#include "txn/footprint.h"
 #include "txn/new_file.h"
 
 struct backup_rec {
@@ -244,15 +245,10 @@ static co_fn void target_free(struct target *x)
     mem_free(x);
 }
 
-/* What the user typed is a path, or "file:" and a path. Other protocols have that form, too. */
 static int take_path(const char *target, const char **path, struct tide_error *err)
 {
-    size_t word = strcspn(target, ":/");
-    *path = target;
-    if (target[word] != ':')
-        return 0;
-    *path = target + word + 1;
-    if (word == 4 && !memcmp(target, "file", 4))
+    *path = backup_target_path(target);
+    if (*path)
         return 0;
     return tide_fail(err, -ENOTSUP,
                      "target '%s' is no file: open it with blockdev-add and use blockdev-backup (a "

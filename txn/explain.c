@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Which actions of a list depend on which: for every two of them the names that one writes and the
- * other reads or writes. Names are found by a table of chains, one for each name, and those that
- * stand for "any" of a kind by one for each kind. What is looked at becomes an edge, or a reason
- * for one, so the work is in proportion to the list and the answer. */
+ * other reads or writes; and disks that are used through different nodes (txn/beside.h). Names are
+ * found by a table of chains, one for each name, and those that stand for "any" of a kind by one
+ * for each kind. What is looked at becomes an edge, or a reason for one, so the work is in
+ * proportion to the list and the answer. */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <xxhash.h>
 
 #include "base/mem.h"
+#include "txn/beside.h"
 #include "txn/footprint.h"
 
 static const char *const kind_words[] = {
@@ -32,8 +34,18 @@ bool store_name_meets(const struct store_name *a, const struct store_name *b)
     return a->kind == b->kind && same_text(a->a, b->a) && (!a->a || !b->a || same_text(a->b, b->b));
 }
 
-static json_t *describe(const struct store_name *n)
+/* What two uses that meet are of. A file is one whatever each calls it. */
+static json_t *describe(const struct name_use *earlier, const struct name_use *later)
 {
+    const struct store_name *n = earlier->name.a ? &earlier->name : &later->name;
+    const char *path = earlier->path ? earlier->path : later->path;
+    if (earlier->path && later->path && strcmp(earlier->path, later->path))
+        return json_sprintf(earlier->name.a && later->name.a
+                                ? "file '%s', which is file '%s'"
+                                : "files '%s' and '%s', which may be one: a disk does not answer",
+                            earlier->path, later->path);
+    if (path)
+        return json_sprintf("file '%s'", path);
     if (!n->a)
         return json_sprintf("any %s (the list does not say which)", kind_words[n->kind]);
     if (n->b)
@@ -72,6 +84,7 @@ struct explain {
     json_t *list;
     size_t n, max, n_why;
     struct edge_slot *of_action;
+    struct beside *beside;
 };
 
 static size_t hash_name(const struct store_name *n)
@@ -110,26 +123,57 @@ static bool has_reason(const json_t *because, const json_t *why)
     return false;
 }
 
-/* `later` and an earlier use of what may be the same name. */
-static int meet(struct explain *x, const struct name_use *later, const struct name_use *earlier)
+static const char *verb(bool writes)
 {
-    json_t *edge;
-    if (earlier->action == later->action || !store_name_meets(&earlier->name, &later->name))
-        return 0;
-    int r = edge_to(x, later->action, earlier->action, &edge);
-    if (r < 0)
-        return r;
-    json_t *why = json_pack("{s:o,s:s,s:s}", "name",
-                            describe(earlier->name.a ? &earlier->name : &later->name), "before",
-                            earlier->writes ? "writes" : "reads", "after",
-                            later->writes ? "writes" : "reads");
+    return writes ? "writes" : "reads";
+}
+
+/* `name`: taken over; NULL: no memory. */
+static int add_reason(struct explain *x, unsigned action, unsigned on, json_t *name, bool before,
+                      bool after)
+{
+    json_t *edge = NULL;
+    json_t *why =
+        json_pack("{s:o,s:s,s:s}", "name", name, "before", verb(before), "after", verb(after));
+    int r = why ? edge_to(x, action, on, &edge) : -ENOMEM;
     json_t *because = json_object_get(edge, "because");
-    if (why && has_reason(because, why)) {
+    if (r < 0 || has_reason(because, why)) {
         json_decref(why);
-        return 0;
+        return r;
     }
     r = json_array_append_new(because, why);
     return r < 0 ? -ENOMEM : x->n_why++ == x->max * EXPLAIN_WHY ? -E2BIG : 0;
+}
+
+/* `later` and an earlier use of what may be the same name. */
+static int meet(struct explain *x, const struct name_use *later, const struct name_use *earlier)
+{
+    if (earlier->action == later->action || !store_name_meets(&earlier->name, &later->name))
+        return 0;
+    return add_reason(x, later->action, earlier->action, describe(earlier, later), earlier->writes,
+                      later->writes);
+}
+
+static bool disk_writes(const struct disk_use *u)
+{
+    return u->how & 1u << DISK_WRITE;
+}
+
+/* The two name other nodes and meet all the same. */
+static int meet_beside(void *arg, const struct disk_use *earlier, const struct disk_use *later,
+                       enum beside_why why)
+{
+    const char *what = why == BESIDE_FILE ? "file" : "disk";
+    const char *one = earlier->place->link.name, *two = later->place->link.name;
+    json_t *name = one && two ? json_sprintf("the %s under nodes '%s' and '%s'", what, one, two)
+                              : json_sprintf("the %s under %s%s%s and a job's target", what,
+                                             one || two ? "node '" : "another",
+                                             one   ? one
+                                             : two ? two
+                                                   : "",
+                                             one || two ? "'" : "");
+    return add_reason(arg, later->action, earlier->action, name, disk_writes(earlier),
+                      disk_writes(later));
 }
 
 static int meet_chain(struct explain *x, const struct name_use *u, const struct chain *c,
@@ -196,11 +240,21 @@ static int meet_any(struct explain *x, size_t i)
     return r;
 }
 
+/* Those of one action after those of the one before it. */
 static int find_edges(struct explain *x)
 {
+    const struct footprint *f = x->f;
+    size_t i = 0, k = 0;
     int r = 0;
-    for (size_t i = 0; i < x->f->n_uses && r == 0; i++)
-        r = x->f->use[i].name.a ? meet_named(x, i) : meet_any(x, i);
+    while ((i < f->n_uses || k < f->n_disks) && r == 0) {
+        if (k == f->n_disks || (i < f->n_uses && f->use[i].action <= f->disk[k].action)) {
+            r = f->use[i].name.a ? meet_named(x, i) : meet_any(x, i);
+            i++;
+        } else {
+            r = beside_next(x->beside, meet_beside, x);
+            k++;
+        }
+    }
     return r;
 }
 
@@ -269,7 +323,9 @@ static int explain_alloc(struct explain *x)
     x->by_kind = mem_calloc(f->n_uses + 1, sizeof *x->by_kind);
     x->of_action = mem_calloc(n, sizeof *x->of_action);
     x->list = json_array();
-    return x->named && x->by_name && x->by_kind && x->of_action && x->list ? 0 : -ENOMEM;
+    if (!x->named || !x->by_name || !x->by_kind || !x->of_action || !x->list)
+        return -ENOMEM;
+    return beside_new(f, &x->beside);
 }
 
 int footprint_explain(const struct footprint *f, size_t max, json_t **out)
@@ -285,6 +341,7 @@ int footprint_explain(const struct footprint *f, size_t max, json_t **out)
     mem_free(x.by_name);
     mem_free(x.by_kind);
     mem_free(x.of_action);
+    beside_free(x.beside);
     if (r == 0) {
         *out = json_pack("{s:O,s:O}", "dependencies", x.list, "holds", held);
         r = *out ? 0 : -ENOMEM;

@@ -4,6 +4,7 @@
 #include "txn/footprint.h"
 
 #include <assert.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "base/mem.h"
@@ -31,7 +32,7 @@ static void use(struct footprint *f, bool writes, enum store_kind kind, const ch
         f->no_memory = true;
         return;
     }
-    f->use[f->n_uses++] = (struct name_use){{kind, a, b}, f->action, writes, false};
+    f->use[f->n_uses++] = (struct name_use){{kind, a, b}, f->action, writes, NULL};
 }
 
 static void reads(struct footprint *f, enum store_kind kind, const char *a, const char *b)
@@ -67,7 +68,122 @@ void footprint_free(struct footprint *f)
 {
     mem_free(f->use);
     mem_free(f->hold);
+    mem_free(f->disk);
+    known_free(&f->known);
     *f = (struct footprint){0};
+}
+
+/* ------------------------------------------------------------------ what is known */
+
+static void *no_memory(struct footprint *f)
+{
+    f->no_memory = true;
+    return NULL;
+}
+
+/* Without dots and slashes that say nothing. */
+static const char *plain_path(struct footprint *f, const char *path)
+{
+    char *copy = arena_alloc(&f->known.arena, strlen(path) + 3);
+    if (!copy)
+        return no_memory(f);
+    char *end = stpcpy(copy, "p:"); /* not the key of a file that is known */
+    while (*path) {
+        size_t len = strcspn(path, "/"), slashes = strspn(path + len, "/");
+        if (len != 1 || *path != '.' || !slashes) {
+            end = mempcpy(end, path, len);
+            end = slashes ? stpcpy(end, "/") : end;
+        }
+        path += len + slashes;
+    }
+    *end = 0;
+    return copy;
+}
+
+/* NULL: it may be any. */
+static const char *file_key(struct footprint *f, const char *path)
+{
+    const struct footprint_lookup *l = f->lookup;
+    return l && l->file_key ? l->file_key(l->file_arg, path) : plain_path(f, path);
+}
+
+static void use_file(struct footprint *f, bool writes, const char *path)
+{
+    use(f, writes, STORE_FILE, path, NULL);
+    if (!f->explains || f->no_memory)
+        return;
+    struct name_use *u = &f->use[f->n_uses - 1];
+    u->path = path;
+    u->name.a = file_key(f, path);
+}
+
+static const char *key_of_node(struct footprint *f, const char *node)
+{
+    const struct footprint_lookup *l = f->lookup;
+    uint64_t dev, ino;
+    char key[64];
+    if (!f->explains || !l || !l->node_file(l->arg, node, &dev, &ino))
+        return NULL;
+    int len = snprintf(key, sizeof key, FOOTPRINT_FILE_KEY, (unsigned long long)dev,
+                       (unsigned long long)ino);
+    const char *copy = arena_strndup(&f->known.arena, key, (size_t)len);
+    return copy ? copy : no_memory(f);
+}
+
+static struct place *new_place(struct footprint *f, const char *name)
+{
+    struct place *p = known_node_new(&f->known, name);
+    return p ? p : no_memory(f);
+}
+
+/* NULL: no memory. */
+static struct place *place_of(struct footprint *f, const char *node)
+{
+    const struct footprint_lookup *l = f->lookup;
+    struct place *p = known_node(&f->known, node);
+    if (p)
+        return p;
+    p = new_place(f, node);
+    if (!p || !l)
+        return p;
+    const char *below = l->node_child(l->arg, node, 0);
+    if (below)
+        p->below = place_of(f, below); /* nodes stand no deeper than NODE_MAX_DEPTH */
+    else
+        p->file = key_of_node(f, node);
+    return p;
+}
+
+/* What stands below it is known, if anything does. */
+static bool is_known(const struct footprint *f, const struct place *p)
+{
+    return f->lookup || p->made;
+}
+
+/* ------------------------------------------------------------------ disks */
+
+#define TRACK (1u << DISK_TRACK)
+#define WRITE (1u << DISK_WRITE)
+#define ALONE (1u << DISK_ALONE | WRITE)
+#define SOURCE (1u << DISK_SOURCE | TRACK)
+
+static void disk_at(struct footprint *f, struct place *p, unsigned how, bool ends)
+{
+    if (!p)
+        return;
+    if (!grow((void **)&f->disk, f->n_disks, &f->cap_disks, sizeof *f->disk)) {
+        f->no_memory = true;
+        return;
+    }
+    f->disk[f->n_disks++] = (struct disk_use){p, f->action, how, ends};
+    if (how & TRACK)
+        p->watched = true;
+}
+
+static void disk(struct footprint *f, const char *node, unsigned how, bool ends)
+{
+    if (f->explains)
+        disk_at(f, place_of(f, node), how, ends);
 }
 
 /* ------------------------------------------------------------------ bitmaps */
@@ -100,12 +216,14 @@ static void reads_source(struct footprint *f, const char *node,
 static void add_footprint(const struct q_block_dirty_bitmap_add *a, struct footprint *f)
 {
     hold_writes(f, a->node);
+    disk(f, a->node, TRACK, false);
     writes_bitmap(f, a->node, a->name);
 }
 
 static void remove_footprint(const struct q_block_dirty_bitmap_remove *a, struct footprint *f)
 {
     hold_writes(f, a->node);
+    disk(f, a->node, TRACK, true);
     writes_bitmap(f, a->node, a->name);
 }
 
@@ -156,108 +274,94 @@ static void copy_footprint(const struct q_block_dirty_bitmap_copy *a, struct foo
     hold_writes(f, a->node);
     for (size_t i = 0; i < a->n_bitmaps; i++)
         reads_source(f, a->node, &a->bitmaps[i]);
+    disk(f, a->node, TRACK, false);
     writes_bitmap(f, a->node, a->name);
-}
-
-/* ------------------------------------------------------------------ what is known */
-
-#define LOOK_BACK 4096u /* uses; a list that names more is not searched */
-
-/* Does an earlier action of the list make or change an export that may be this one? */
-static bool changed_before(const struct footprint *f, const char *id)
-{
-    const struct store_name name = {STORE_EXPORT, id, NULL};
-    if (f->n_uses > LOOK_BACK)
-        return true;
-    for (size_t i = 0; i < f->n_uses; i++) {
-        if (f->use[i].writes && f->use[i].action != f->action &&
-            store_name_meets(&f->use[i].name, &name))
-            return true;
-    }
-    return false;
-}
-
-/* Does an earlier action make a node of that name? Then nobody can look at its children yet. */
-static bool made_before(const struct footprint *f, const char *node)
-{
-    if (f->n_uses > LOOK_BACK)
-        return true;
-    for (size_t i = 0; i < f->n_uses; i++) {
-        if (f->use[i].makes && f->use[i].action != f->action && !strcmp(f->use[i].name.a, node))
-            return true;
-    }
-    return false;
 }
 
 /* ------------------------------------------------------------------ nodes */
 
-static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref);
+static struct place *reads_ref(struct footprint *f, const struct q_blockdev_ref *ref);
+
+static struct place *file_at(struct footprint *f, struct place *p, const char *path)
+{
+    use_file(f, false, path);
+    if (f->explains && p && !f->no_memory) {
+        p->file = f->use[f->n_uses - 1].name.a;
+        p->any_file = !p->file;
+    }
+    return p;
+}
+
+static struct place *stands_on(struct footprint *f, struct place *p,
+                               const struct q_blockdev_ref *ref)
+{
+    struct place *below = reads_ref(f, ref);
+    if (p)
+        p->below = below;
+    return p;
+}
 
 /* A node and those described inside it come to be; those that it names get a user. Their number
  * is bounded by what the parser takes. */
-static void node_footprint(const struct q_blockdev_options *o, struct footprint *f)
+static struct place *node_footprint(const struct q_blockdev_options *o, struct footprint *f)
 {
-    if (o->node_name) {
+    if (o->node_name)
         writes(f, STORE_NODE, o->node_name, NULL);
-        if (!f->no_memory)
-            f->use[f->n_uses - 1].makes = true;
-    }
+    struct place *p = new_place(f, o->node_name);
+    if (p)
+        p->made = true;
     switch (o->driver) {
     case Q_BLOCKDEV_DRIVER_FILE:
-        return reads(f, STORE_FILE, o->u.file.filename, NULL);
+        return file_at(f, p, o->u.file.filename);
     case Q_BLOCKDEV_DRIVER_HOST_DEVICE:
-        return reads(f, STORE_FILE, o->u.host_device.filename, NULL);
+        return file_at(f, p, o->u.host_device.filename);
     case Q_BLOCKDEV_DRIVER_RAW:
-        return reads_ref(f, o->u.raw.file);
+        return stands_on(f, p, o->u.raw.file);
     case Q_BLOCKDEV_DRIVER_BLKDEBUG:
-        return reads_ref(f, o->u.blkdebug.image);
+        return stands_on(f, p, o->u.blkdebug.image);
     case Q_BLOCKDEV_DRIVER_THROTTLE:
-        return reads_ref(f, o->u.throttle.file);
+        return stands_on(f, p, o->u.throttle.file);
     case Q_BLOCKDEV_DRIVER_NULL_CO:
     case Q_BLOCKDEV_DRIVER_NULL_AIO:
-        return;
+        break;
     }
+    return p;
 }
 
-static void reads_ref(struct footprint *f, const struct q_blockdev_ref *ref)
+static struct place *reads_ref(struct footprint *f, const struct q_blockdev_ref *ref)
 {
-    if (ref->kind == Q_KIND_STRING)
-        reads(f, STORE_NODE, ref->string, NULL);
-    else
-        node_footprint(ref->object, f);
+    if (ref->kind != Q_KIND_STRING)
+        return node_footprint(ref->object, f);
+    struct place *p = place_of(f, ref->string);
+    reads(f, STORE_NODE, ref->string, NULL);
+    return p;
 }
 
-#define CHILDREN_DEPTH 64u /* nodes stand no deeper on each other */
-
-/* They go with it or lose a user: any, if they cannot be told. */
-static void writes_children(struct footprint *f, const char *node, unsigned depth)
+/* They go with it: true if there are any. Those that the list itself adds are named by that. */
+static bool writes_bitmaps_of(struct footprint *f, const struct place *p)
 {
-    const struct footprint_lookup *l = f->lookup;
-    const char *child;
-    if (!l || made_before(f, node)) {
-        writes(f, STORE_NODE, NULL, NULL);
-        return;
-    }
-    for (unsigned i = 0; depth && (child = l->node_child(l->arg, node, i)); i++) {
-        writes(f, STORE_NODE, child, NULL);
-        writes_children(f, child, depth - 1);
-    }
+    const struct footprint_lookup *l = p->made ? NULL : f->lookup;
+    bool any = l && l->node_bitmaps(l->arg, p->link.name, writes_bitmap, f);
+    return any || p->watched;
 }
 
-/* They go with it. (Those that the list itself adds are named by that.) */
-static void writes_bitmaps_of(struct footprint *f, const char *node)
-{
-    const struct footprint_lookup *l = f->lookup;
-    const char *name;
-    for (unsigned i = 0; l && (name = l->node_bitmap(l->arg, node, i)); i++)
-        writes_bitmap(f, node, name);
-}
-
+/* Those that it stands on go with it or lose a user: any, if they cannot be told. */
 static void del_footprint(const struct q_blockdev_del *a, struct footprint *f)
 {
+    struct place *p = place_of(f, a->node_name), *gone = NULL;
     writes(f, STORE_NODE, a->node_name, NULL);
-    writes_bitmaps_of(f, a->node_name);
-    writes_children(f, a->node_name, CHILDREN_DEPTH);
+    if (p && !is_known(f, p))
+        writes(f, STORE_NODE, NULL, NULL);
+    for (struct place *c = p; c; c = c->below) {
+        if (c != p && c->link.name)
+            writes(f, STORE_NODE, c->link.name, NULL);
+        if (writes_bitmaps_of(f, c) && f->explains)
+            disk_at(f, c, TRACK, true);
+        if (f->explains && !c->below && (c->file || c->any_file))
+            reads(f, STORE_FILE, c->file, NULL);
+    }
+    if (p && (gone = new_place(f, a->node_name)))
+        gone->made = true; /* who deletes it again deletes nothing, and looks for nothing */
 }
 
 /* ------------------------------------------------------------------ jobs */
@@ -267,6 +371,7 @@ static void job_footprint(const char *device, const char *bitmap, const char *jo
 {
     reads(f, STORE_NODE, device, NULL);
     hold(f, device, NULL, true);
+    disk(f, device, SOURCE, false);
     if (bitmap) {
         reads(f, STORE_BITMAP, device, bitmap);
         reads(f, STORE_BITMAP_BITS, device, bitmap);
@@ -281,46 +386,75 @@ static void backup_footprint(const struct q_blockdev_backup *a, struct footprint
     job_footprint(a->device, a->bitmap, a->job_id, f);
     reads(f, STORE_NODE, a->target, NULL);
     hold(f, a->target, NULL, true);
+    disk(f, a->target, ALONE, false);
     writes(f, STORE_NODE, a->target, NULL);
+}
+
+const char *backup_target_path(const char *target)
+{
+    size_t word = strcspn(target, ":/");
+    if (target[word] != ':')
+        return target;
+    return word == 4 && !memcmp(target, "file", 4) ? target + word + 1 : NULL;
 }
 
 /* The node over the file is the job's own; a list cannot name it. */
 static void drive_backup_footprint(const struct q_drive_backup *a, struct footprint *f)
 {
+    const char *path = backup_target_path(a->target);
     job_footprint(a->device, a->bitmap, a->job_id, f);
-    if (a->mode == Q_NEW_IMAGE_MODE_EXISTING)
-        reads(f, STORE_FILE, a->target, NULL);
-    writes(f, STORE_FILE, a->target, NULL);
+    if (!path)
+        return; /* it is refused */
+    if (a->mode == Q_NEW_IMAGE_MODE_EXISTING) {
+        struct place *own = f->explains ? new_place(f, NULL) : NULL;
+        disk_at(f, file_at(f, own, path), ALONE, false);
+    }
+    use_file(f, true, path);
 }
 
 /* ------------------------------------------------------------------ exports */
 
-/* The node that an export shows, which is in use by it: any, if it cannot be told. */
-static void reads_node_of(struct footprint *f, const char *id)
+/* NULL: no memory. */
+static struct known_export *export_of(struct footprint *f, const char *id)
 {
     const struct footprint_lookup *l = f->lookup;
-    const char *node = l && !changed_before(f, id) ? l->export_node(l->arg, id) : NULL;
-    reads(f, STORE_NODE, node, NULL);
+    struct known_export *e = known_export(&f->known, id);
+    if (e)
+        return e;
+    e = known_export_new(&f->known, id);
+    if (e && l) {
+        e->node = l->export_node(l->arg, id);
+        e->writable = l->export_writable(l->arg, id);
+    }
+    return e ? e : no_memory(f);
+}
+
+/* The node that an export shows, which is in use by it: any, if it cannot be told. */
+static void reads_node_of(struct footprint *f, const struct known_export *e)
+{
+    if (e->node || (!f->lookup && !e->made))
+        reads(f, STORE_NODE, e->node, NULL);
 }
 
 /* A bare name may be that of a bitmap of the node or of one further down: of any, if it cannot be
  * told which those are. */
 static void owns_by_name(struct footprint *f, const char *node, const char *name)
 {
-    const struct footprint_lookup *l = f->lookup;
-    for (; node; node = l->node_child(l->arg, node, 0)) {
-        if (!l || made_before(f, node))
-            node = name = NULL;
-        reads(f, STORE_BITMAP, node, name);
-        writes(f, STORE_BITMAP_STATE, node, name);
-        if (!node)
-            return;
+    for (struct place *p = place_of(f, node); p; p = p->below) {
+        if (p->link.name && is_known(f, p)) {
+            reads(f, STORE_BITMAP, p->link.name, name);
+            writes(f, STORE_BITMAP_STATE, p->link.name, name);
+        } else if (p->link.name) {
+            reads(f, STORE_BITMAP, NULL, NULL);
+            writes(f, STORE_BITMAP_STATE, NULL, NULL);
+        }
     }
 }
 
 static void export_add_footprint(const struct q_block_export_options *a, struct footprint *f)
 {
     bool nbd = a->type == Q_BLOCK_EXPORT_TYPE_NBD;
+    size_t first = f->n_uses;
     reads(f, STORE_NODE, a->node_name, NULL);
     writes(f, STORE_EXPORT, a->id, NULL);
     writes(f, STORE_EXPORT_NAME, nbd && a->u.nbd.name ? a->u.nbd.name : a->node_name, NULL);
@@ -334,6 +468,40 @@ static void export_add_footprint(const struct q_block_export_options *a, struct 
         reads(f, STORE_BITMAP, b->object->node, b->object->name);
         writes(f, STORE_BITMAP_STATE, b->object->node, b->object->name);
     }
+    if (a->writable)
+        disk(f, a->node_name, WRITE, false);
+    struct known_export *e = known_export_new(&f->known, a->id);
+    if (!e)
+        f->no_memory = true;
+    else
+        *e = (struct known_export){e->link,     a->node_name, true,
+                                   a->writable, first,        f->n_uses - first};
+}
+
+/* Its name and its bitmaps are free when it goes: any, if they cannot be told. */
+static void frees_parts_of(struct footprint *f, const struct known_export *e)
+{
+    const struct footprint_lookup *l = f->lookup;
+    for (size_t i = 0; e->made && i < e->n_uses && !f->no_memory; i++) {
+        const struct store_name name = f->use[e->use + i].name;
+        if (name.kind == STORE_EXPORT_NAME || name.kind == STORE_BITMAP_STATE)
+            writes(f, name.kind, name.a, name.b);
+    }
+    if (e->made)
+        return;
+    if (!l) {
+        writes(f, STORE_EXPORT_NAME, NULL, NULL);
+        writes(f, STORE_BITMAP_STATE, NULL, NULL);
+        return;
+    }
+    struct store_name b;
+    const char *name = l->export_name(l->arg, e->link.name);
+    if (name && !(name = arena_strndup(&f->known.arena, name, strlen(name))))
+        f->no_memory = true;
+    if (name)
+        writes(f, STORE_EXPORT_NAME, name, NULL);
+    for (unsigned i = 0; l->export_bitmap(l->arg, e->link.name, i, &b); i++)
+        writes(f, STORE_BITMAP_STATE, b.a, b.b);
 }
 
 /* Its clients, if any, go on until the list has happened: they are not in its way, since what they
@@ -341,19 +509,32 @@ static void export_add_footprint(const struct q_block_export_options *a, struct 
  * that hangs does not wait for the disk. */
 static void export_del_footprint(const struct q_block_export_del *a, struct footprint *f)
 {
-    reads_node_of(f, a->id);
+    struct known_export *e = export_of(f, a->id);
     writes(f, STORE_EXPORT, a->id, NULL);
-    writes(f, STORE_EXPORT_NAME, NULL, NULL);
-    writes(f, STORE_BITMAP_STATE, NULL, NULL); /* who uses them */
+    if (!e)
+        return;
+    reads_node_of(f, e);
+    frees_parts_of(f, e);
+    if (e->node && e->writable)
+        disk(f, e->node, WRITE, true);
+    *e = (struct known_export){.link = e->link, .made = true}; /* again: it deletes nothing */
 }
 
 static void export_set_node_footprint(const struct q_block_export_set_node *a, struct footprint *f)
 {
-    reads_node_of(f, a->id);
-    reads(f, STORE_NODE, a->node_name, NULL);
+    struct known_export *e = export_of(f, a->id);
     writes(f, STORE_EXPORT, a->id, NULL);
+    reads(f, STORE_NODE, a->node_name, NULL);
     hold(f, NULL, a->id, true);
     hold(f, a->node_name, NULL, true);
+    if (!e)
+        return;
+    reads_node_of(f, e);
+    if (e->writable && e->node)
+        disk(f, e->node, WRITE, true);
+    if (e->writable || !f->lookup)
+        disk(f, a->node_name, WRITE, false);
+    e->node = e->node || !f->lookup ? a->node_name : NULL;
 }
 
 /* ------------------------------------------------------------------ all of them */
@@ -365,6 +546,8 @@ void action_footprint(int kind, const void *args, unsigned index, struct footpri
     const struct q_x_block_dirty_bitmap_enable *x_on = args;
     const struct q_x_block_dirty_bitmap_disable *x_off = args;
     f->action = index;
+    if (f->no_memory)
+        return;
     switch ((enum q_transaction_action_kind)kind) {
     case Q_TRANSACTION_ACTION_KIND_ABORT:
         return;
@@ -395,7 +578,8 @@ void action_footprint(int kind, const void *args, unsigned index, struct footpri
     case Q_TRANSACTION_ACTION_KIND_DRIVE_BACKUP:
         return drive_backup_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_ADD:
-        return node_footprint(args, f);
+        node_footprint(args, f);
+        return;
     case Q_TRANSACTION_ACTION_KIND_BLOCKDEV_DEL:
         return del_footprint(args, f);
     case Q_TRANSACTION_ACTION_KIND_BLOCK_EXPORT_ADD:

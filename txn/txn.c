@@ -240,19 +240,55 @@ static const char *child_of_node(void *arg, const char *name, unsigned i)
     return c ? node_name(c) : NULL;
 }
 
-static const char *bitmap_of_node(void *arg, const char *name, unsigned i)
+static bool bitmaps_of_node(void *arg, const char *name, footprint_bitmap *each,
+                            struct footprint *f)
 {
     const struct txn_env *env = arg;
     struct node *n = graph_find(env->graph, name);
-    struct dirty_bitmap *b = n ? node_bitmaps(n) : NULL;
-    while (b && i--)
-        b = b->next;
-    return b ? b->name : NULL;
+    struct dirty_bitmap *first = n ? node_bitmaps(n) : NULL;
+    for (struct dirty_bitmap *b = first; b; b = b->next)
+        each(f, name, b->name);
+    return first != NULL;
+}
+
+static const char *name_of_export(void *arg, const char *id)
+{
+    const struct txn_env *env = arg;
+    return export_name_of(env->exports, id);
+}
+
+static bool is_export_writable(void *arg, const char *id)
+{
+    const struct txn_env *env = arg;
+    return export_is_writable(env->exports, id);
+}
+
+static bool bitmap_of_export(void *arg, const char *id, unsigned i, struct store_name *out)
+{
+    const struct txn_env *env = arg;
+    const struct dirty_bitmap *b = export_bitmap(env->exports, id, i);
+    if (b)
+        *out = (struct store_name){STORE_BITMAP, node_name(b->node), b->name};
+    return b != NULL;
+}
+
+static bool file_of_node(void *arg, const char *name, uint64_t *dev, uint64_t *ino)
+{
+    const struct txn_env *env = arg;
+    struct node *n = graph_find(env->graph, name);
+    return n && node_file(n, dev, ino);
 }
 
 struct footprint_lookup txn_lookup(const struct txn_env *env)
 {
-    return (struct footprint_lookup){node_of_export, child_of_node, bitmap_of_node, (void *)env};
+    return (struct footprint_lookup){.export_node = node_of_export,
+                                     .export_name = name_of_export,
+                                     .export_writable = is_export_writable,
+                                     .export_bitmap = bitmap_of_export,
+                                     .node_child = child_of_node,
+                                     .node_bitmaps = bitmaps_of_node,
+                                     .node_file = file_of_node,
+                                     .arg = (void *)env};
 }
 
 /* What the list names, all of it before anything happens. */
