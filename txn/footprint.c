@@ -350,9 +350,9 @@ static void del_footprint(const struct q_blockdev_del *a, struct footprint *f)
 {
     struct place *p = place_of(f, a->node_name), *gone = NULL;
     writes(f, STORE_NODE, a->node_name, NULL);
-    if (p && !is_known(f, p))
-        writes(f, STORE_NODE, NULL, NULL);
     for (struct place *c = p; c; c = c->below) {
+        if (!is_known(f, c))
+            writes(f, STORE_NODE, NULL, NULL);
         if (c != p && c->link.name)
             writes(f, STORE_NODE, c->link.name, NULL);
         if (writes_bitmaps_of(f, c) && f->explains)

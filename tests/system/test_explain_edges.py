@@ -282,6 +282,8 @@ def test_a_node_of_the_list_itself_is_known(d, explain):
              raw('n', {'driver': 'raw', 'node-name': 'inner', 'file': 'bottom'})]
     got = explain(d, [*chain, delete('n'), bitmap('add', 'other'), delete('bottom')])
     assert got == {(0, 1), (0, 2), (0, 4), (1, 2), (1, 4), (2, 4)}
+    unknown = [raw('n', 'low'), delete('n'), bitmap('add', 'other')]  # what does 'low' stand on?
+    assert explain(d, unknown) == ({(0, 1), (1, 2)} if explain == explain_here else {(0, 1)})
     assert (2, 3) in explain(d, [*chain, bitmap('add', 'inner'), serve('n', bitmaps=['b'])])
     assert (2, 3) not in explain(d, [*chain, bitmap('add', 'inner', 'c'), serve('n', bitmaps=['b'])])
 
