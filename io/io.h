@@ -96,7 +96,8 @@ co_fn void loop_pause(void);
 /* For long work: others of the loop have their turn every millisecond.
  *     struct io_turns turns = {io};
  *     for (...) { work of some microseconds; io_turns_step(&turns); }
- * The first step starts the clock. */
+ * The first step starts the clock. In the simulator, whose clock stands still meanwhile, they have
+ * it at every step if the seed is odd. */
 struct io_turns {
     struct io *io;
     uint64_t began; /* ns: since when nobody else has had a turn */

@@ -89,6 +89,7 @@ struct io_ops {
 /* First member of every engine's own struct. */
 struct io {
     const struct io_ops *ops;
+    uint64_t turn_ns; /* of struct io_turns; 0: as short as it can be */
     unsigned n_loops;
     struct loop **loops;
 };

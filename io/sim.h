@@ -72,6 +72,8 @@ uint64_t sim_trace_hash(struct io *io);
 
 /* Connections made from now on come from this process (io_sock_peer_pid). 0 = the daemon's own. */
 void sim_client_pid(struct io *io, int pid);
+/* Others have their turns at every step of long work (struct io_turns), whatever the seed. */
+void sim_short_turns(struct io *io);
 /* The other end of what io_sock_from_fds(rfd, wfd) made: the person at the terminal. A listener of
  * type IO_ADDR_FD is reached by io_connect() with the same fd. */
 int sim_fds_peer(struct io *io, int rfd, int wfd, struct io_sock **out);
