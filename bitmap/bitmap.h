@@ -24,6 +24,7 @@
 #define BITMAP_BITS_MAX ((uint64_t)1 << 47)
 
 struct bitmap;
+struct bitmap_pace;
 
 /* Where merges get pages when they need many; may be shared by all bitmaps. Control loop. */
 struct bitmap_pool;
@@ -74,8 +75,10 @@ bool bitmap_next_dirty(const struct bitmap *b, uint64_t off, uint64_t end, uint6
                        uint64_t *run_len);
 /* The first clean byte at or after `off`, at most `end` (or the disk's end). */
 uint64_t bitmap_next_clean(const struct bitmap *b, uint64_t off, uint64_t end);
-/* Number of set bits. */
+/* Number of set bits. It looks at each page; `pace`, or NULL, is that of the work on whole bitmaps
+ * (below), for the control loop. */
 uint64_t bitmap_count(const struct bitmap *b);
+uint64_t bitmap_count_at(const struct bitmap *b, struct bitmap_pace *pace);
 bool bitmap_empty(const struct bitmap *b);
 /* Bytes of memory that this bitmap's directory and the pages it refers to take (shared ones in
  * full). */
@@ -92,6 +95,14 @@ void bitmap_pack(const struct bitmap *b,
  * *read* their target either. The others, the undoable merge among them, leave the pages of their
  * arguments where readers find them. */
 
+/* Who gives one to work on large bitmaps is called by it now and then and may let others run, which
+ * must not mark, change or free these bitmaps. NULL is fine everywhere: nobody gets a turn. */
+struct bitmap_pace {
+    void (*rest)(void *arg); /* after every page or so, a microsecond's work: often */
+    void *arg;
+    unsigned done; /* since the last call; begins with 0 */
+};
+
 /* Exchange contents. Both have the same size and granularity. O(1), cannot fail: clear, freeze and
  * undo are this. */
 void bitmap_swap(struct bitmap *a, struct bitmap *b);
@@ -99,20 +110,21 @@ void bitmap_swap(struct bitmap *a, struct bitmap *b);
 int bitmap_set_all(struct bitmap *b);
 /* dst |= src, rounded outward when granularities differ; same size in bytes. Not undoable. -ENOMEM:
  * as with mark, dst holds all of src and more than that. Shares pages when shapes are equal. */
-int bitmap_merge(struct bitmap *dst, struct bitmap *src);
+int bitmap_merge(struct bitmap *dst, struct bitmap *src, struct bitmap_pace *pace);
 
 /* The same, in a way that can be taken back: pages of dst are replaced, never written, and the undo
  * log remembers which. Several merges, into the same or other targets, may go to one log. Work and
- * memory are in proportion to the pages that change, and the granularities' being different.
- * -ENOMEM: dst holds something in between; unwind the log.
+ * memory are in proportion to the pages that change; where granularities differ, work is to what
+ * the source has. -ENOMEM: dst holds something in between; unwind the log.
  *
  * After merging, bitmaps that are in a log may be changed by everything that is undone before the
  * log is unwound; marking is not. Once nobody will unwind it, nothing binds them, and they may even
  * be freed before the log. Pages in the log are given back by bitmap_undo_free_some(), after the
  * grace round if somebody may have been reading. */
 struct bitmap_undo;
-/* Large merges take their pages from a pool, where there is one. -ENOMEM. */
-int bitmap_undo_new(struct bitmap_pool *pool, struct bitmap_undo **out);
+/* Large merges take their pages from a pool, where there is one. The pace, where there is one, is
+ * that of merges and of unwinding. Both are borrowed. -ENOMEM. */
+int bitmap_undo_new(struct bitmap_pool *pool, struct bitmap_pace *pace, struct bitmap_undo **out);
 int bitmap_merge_undoable(struct bitmap *dst, struct bitmap *src, struct bitmap_undo *u);
 /* The targets are what they were before the first merge. Once. Cannot fail, takes no memory. */
 void bitmap_undo_unwind(struct bitmap_undo *u);
@@ -121,8 +133,8 @@ bool bitmap_undo_free_some(struct bitmap_undo *u, unsigned *budget);
 /* A word for whoever holds it in a list. */
 struct bitmap_undo **bitmap_undo_link(struct bitmap_undo *u);
 /* A second bitmap with the same bits, sharing every page. O(tables + pages). */
-int bitmap_clone(struct bitmap *b, struct bitmap **out);
+int bitmap_clone(struct bitmap *b, struct bitmap_pace *pace, struct bitmap **out);
 /* Another granularity, rounded outward. -ENOMEM, -E2BIG, -EINVAL as in bitmap_new. */
-int bitmap_convert(struct bitmap *b, unsigned shift, struct bitmap **out);
+int bitmap_convert(struct bitmap *b, unsigned shift, struct bitmap_pace *pace, struct bitmap **out);
 /* Same disk with a new size: grown area clean, cut area gone. Errors as in bitmap_new. */
 int bitmap_resized(struct bitmap *b, uint64_t size, struct bitmap **out);

@@ -135,7 +135,7 @@ static void bench_merge(uint64_t size)
     must(bitmap_pool_new(&pool));
     for (unsigned k = 0; k < 3 * ROUNDS; k++) {
         struct bitmap_undo *u;
-        must(bitmap_undo_new(pool, &u));
+        must(bitmap_undo_new(pool, NULL, &u));
         double t0 = now();
         must(bitmap_merge_undoable(dst, src, u));
         double t1 = now();
@@ -149,7 +149,7 @@ static void bench_merge(uint64_t size)
     }
     for (unsigned k = 0; k < 3 * ROUNDS; k++) {
         double t0 = now();
-        must(bitmap_merge(dst, src));
+        must(bitmap_merge(dst, src, NULL));
         in_place = MIN(in_place, now() - t0);
     }
     printf("dense, %zu MiB flat: memcpy %.3f ms (%.1f GB/s); merge in place %.3f ms (%.0f %%, %.0f "
@@ -192,7 +192,7 @@ static void bench_sparse(uint64_t size)
     uint64_t n_runs = 0, n_bits = 0;
     for (unsigned k = 0; k < ROUNDS; k++) {
         struct bitmap_undo *u;
-        must(bitmap_undo_new(NULL, &u));
+        must(bitmap_undo_new(NULL, NULL, &u));
         c = make(size);
         double t0 = now();
         must(bitmap_merge_undoable(c, dst, u));
@@ -229,7 +229,7 @@ static void bench_walk(uint64_t size)
     double t1 = now();
     uint64_t bits = bitmap_count(b);
     double t2 = now();
-    must(bitmap_convert(b, 17, &c));
+    must(bitmap_convert(b, 17, NULL, &c));
     double t3 = now();
     printf("every second bit, %llu TiB: %llu runs in %.2f ms (%.1f ns each), %llu bits counted in "
            "%.1f us, "

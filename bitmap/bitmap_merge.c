@@ -3,8 +3,9 @@
  *
  * Equal shapes (size and granularity) are walked side by side: what is empty in the source, or the
  * same page already, costs one look, so the work is in proportion to what differs. Recursion is one
- * call for each level: four at most. Unequal shapes: the source is converted first, and its pages
- * move into the target.
+ * call for each level: four at most. Another granularity: the target is walked where the source has
+ * bits, and what the source says about a page is made as a page first (bitmap_convert.c); if there
+ * is something new in it, it is the target's next one.
  *
  * A merge that can be undone writes to no page of the target. It puts another value into a slot and
  * notes the slot and the old value; unwinding exchanges the two, last first, which needs no memory
@@ -46,19 +47,20 @@ struct chunk {
 
 struct bitmap_undo {
     struct chunk *newest;
-    struct bitmap *used_up;   /* converted sources, by bitmap_link */
     struct bitmap_undo *link; /* bitmap_undo_link() */
     struct bitmap_pool *pool; /* or NULL */
+    struct bitmap_pace *pace; /* or NULL */
     unsigned n_made;          /* pages */
     bool unwound;
 };
 
-int bitmap_undo_new(struct bitmap_pool *pool, struct bitmap_undo **out)
+int bitmap_undo_new(struct bitmap_pool *pool, struct bitmap_pace *pace, struct bitmap_undo **out)
 {
     struct bitmap_undo *u = mem_zalloc(sizeof *u);
     if (!u)
         return -ENOMEM;
     u->pool = pool;
+    u->pace = pace;
     *out = u;
     return 0;
 }
@@ -102,6 +104,7 @@ void bitmap_undo_unwind(struct bitmap_undo *u)
             uintptr_t v = atomic_load(s);
             atomic_store(s, atomic_load_explicit(&c->note[i].value, memory_order_relaxed));
             atomic_init(&c->note[i].value, v);
+            pace_add(u->pace, 1);
         }
 }
 
@@ -124,19 +127,13 @@ bool bitmap_undo_free_some(struct bitmap_undo *u, unsigned *budget)
         u->newest = c->older;
         mem_free(c);
     }
-    while (u->used_up) {
-        struct bitmap *next = *bitmap_link(u->used_up);
-        if (!bitmap_free_some(u->used_up, budget))
-            return false;
-        u->used_up = next;
-    }
     if (!budget_take(budget))
         return false;
     mem_free(u);
     return true;
 }
 
-/* ---- merge, equal shapes ---- */
+/* ---- changing the target ---- */
 
 #define PREFETCH_WORDS 64u
 #define SINGLE_PAGES 64u /* so many come one by one; who needs more gets them from the pool */
@@ -146,9 +143,12 @@ struct merge {
     /* NULL: what is replaced goes at once, pages may be written in place, and what there is no
      * memory for becomes all ones. */
     struct bitmap_undo *undo;
-    bool unpublished;    /* these slots are in a table that is not in the target yet */
-    bool private_source; /* nobody else uses the source: its pages may move */
-    struct page *spare;  /* not needed, for next time */
+    struct bitmap_pace *pace;
+    bool unpublished;   /* these slots are in a table that is not in the target yet */
+    struct page *spare; /* not needed, for next time */
+    /* A source of another granularity, else NULL. */
+    const struct dir *other;
+    unsigned shift, other_shift; /* the target's, and that one's */
 };
 
 static int merge_reserve(struct merge *m)
@@ -167,18 +167,13 @@ static void merge_set(struct merge *m, bitmap_slot *s, unsigned level, uintptr_t
         dir_free_subtree(level, old);
 }
 
-/* The slot of the target gets what the source's has. */
-static void merge_give(struct merge *m, bitmap_slot *ds, bitmap_slot *ss, unsigned level)
+/* The slot of the target gets the source's page, too. */
+static void merge_give(struct merge *m, bitmap_slot *ds, bitmap_slot *ss)
 {
-    uintptr_t v = atomic_load(ss);
-    if (m->private_source) {
-        atomic_store(ss, 0);
-    } else {
-        v |= SLOT_SHARED;
-        page_get(slot_page(v));
-        atomic_store(ss, v);
-    }
-    merge_set(m, ds, level, v);
+    uintptr_t v = atomic_load(ss) | SLOT_SHARED;
+    page_get(slot_page(v));
+    atomic_store(ss, v);
+    merge_set(m, ds, 0, v);
 }
 
 static struct page *merge_make_page(struct merge *m)
@@ -207,13 +202,14 @@ static int merge_new_page(struct merge *m, uint64_t base, bitmap_slot *ds, bitma
     struct page *both = merge_make_page(m);
     if (!both)
         return merge_no_memory(m, ds, 0);
+    pace_add(m->pace, PACE_PAGE);
     unsigned n = page_or(both, dst, src);
     if (n == dir_valid_bits(m->dir, base)) {
         merge_set(m, ds, 0, SLOT_ONES);
     } else if (n == page_count(dst)) {
         /* Nothing new. */
     } else if (n == page_count(src)) {
-        merge_give(m, ds, ss, 0);
+        merge_give(m, ds, ss);
     } else {
         merge_set(m, ds, 0, (uintptr_t)both);
         return 0;
@@ -234,7 +230,7 @@ static int merge_page(struct merge *m, uint64_t base, bitmap_slot *ds, bitmap_sl
     if (n == full)
         merge_set(m, ds, 0, SLOT_ONES);
     else if (!dst)
-        merge_give(m, ds, ss, 0);
+        merge_give(m, ds, ss);
     else if (m->undo || dv & SLOT_SHARED)
         return merge_new_page(m, base, ds, ss);
     else if (page_or(dst, dst, src) == full)
@@ -242,11 +238,21 @@ static int merge_page(struct merge *m, uint64_t base, bitmap_slot *ds, bitmap_sl
     return 0;
 }
 
+static int merge_ones(struct merge *m, unsigned level, bitmap_slot *ds)
+{
+    int r = merge_reserve(m);
+    if (r == 0)
+        merge_set(m, ds, level, SLOT_ONES);
+    return r;
+}
+
 static int merge_slots(struct merge *m, unsigned level, uint64_t base, bitmap_slot *ds,
                        bitmap_slot *ss, unsigned n);
+static int convert_slots(struct merge *m, unsigned level, uint64_t base, bitmap_slot *ds,
+                         unsigned n);
 
-/* The source has a table where the target has nothing. The new table is put in place when it is
- * full, so that one note is enough for all that is in it. */
+/* The source (`src`: its table, where shapes are equal) has bits where the target has nothing. The
+ * new table is put in place when it is full, so that one note is enough for all that is in it. */
 static int merge_new_table(struct merge *m, unsigned level, uint64_t base, bitmap_slot *ds,
                            struct table *src)
 {
@@ -257,7 +263,8 @@ static int merge_new_table(struct merge *m, unsigned level, uint64_t base, bitma
         return merge_no_memory(m, ds, level);
     bool outer = m->unpublished;
     m->unpublished = true;
-    int r = merge_slots(m, level - 1, base, t->slot, src->slot, TABLE_SLOTS);
+    int r = src ? merge_slots(m, level - 1, base, t->slot, src->slot, TABLE_SLOTS)
+                : convert_slots(m, level - 1, base, t->slot, TABLE_SLOTS);
     m->unpublished = outer;
     merge_set(m, ds, level, (uintptr_t)t);
     return r;
@@ -269,20 +276,10 @@ static int merge_slot(struct merge *m, unsigned level, uint64_t base, bitmap_slo
     uintptr_t sv = atomic_load(ss), dv = atomic_load(ds);
     if (!sv || dv & SLOT_ONES)
         return 0;
-    if (sv & SLOT_ONES) {
-        int r = merge_reserve(m);
-        if (r == 0)
-            merge_set(m, ds, level, SLOT_ONES);
-        return r;
-    }
+    if (sv & SLOT_ONES)
+        return merge_ones(m, level, ds);
     if (!level)
         return merge_page(m, base, ds, ss);
-    if (!dv && m->private_source) {
-        int r = merge_reserve(m);
-        if (r == 0)
-            merge_give(m, ds, ss, level);
-        return r;
-    }
     if (!dv)
         return merge_new_table(m, level, base, ds, slot_table(sv));
     return merge_slots(m, level - 1, base, slot_table(dv)->slot, slot_table(sv)->slot, TABLE_SLOTS);
@@ -310,6 +307,7 @@ static int merge_slots(struct merge *m, unsigned level, uint64_t base, bitmap_sl
             merge_prefetch(ss, i, n);
             merge_prefetch(ds, i, n);
         }
+        pace_add(m->pace, 1);
         int r = merge_slot(m, level, base, &ds[i], &ss[i]);
         if (r < 0 && m->undo)
             return r; /* all of it will be taken back */
@@ -319,49 +317,135 @@ static int merge_slots(struct merge *m, unsigned level, uint64_t base, bitmap_sl
     return result;
 }
 
-static int merge_dirs(struct merge *m, struct dir *src)
+/* ---- a source of another granularity ---- */
+
+/* The bits of the source that stand for those of the target from `bit` on; up to `end`. */
+static uint64_t source_bit(const struct merge *m, uint64_t bit)
 {
-    struct dir *d = m->dir;
-    int r = merge_slots(m, d->top, 0, d->root, src->root, d->n_root);
-    page_put(m->spare);
-    return r;
+    return bit << m->shift >> m->other_shift;
+}
+
+static uint64_t source_end(const struct merge *m, uint64_t end)
+{
+    return MIN(bitmap_bits(end << m->shift, m->other_shift), m->other->n_bits);
+}
+
+/* The first bit of [at, end) that the source sets, or `end`. */
+static uint64_t next_to_convert(const struct merge *m, uint64_t at, uint64_t end)
+{
+    uint64_t to = source_end(m, end), bit = dir_next(m->other, source_bit(m, at), to, true);
+    return bit < to ? MAX(at, bit << m->other_shift >> m->shift) : end;
+}
+
+/* Does it set all of them? Counts are exact here. */
+static bool all_to_convert(const struct merge *m, uint64_t at, uint64_t end)
+{
+    uint64_t bit = source_bit(m, at), to = source_end(m, end);
+    struct place p;
+    for (; bitmap_find_other(m->other, bit, to, SLOT_ONES, &p); bit = p.end) {
+        pace_add(m->pace, 1);
+        if (!p.v)
+            return false;
+        if (p.v & SLOT_ONES)
+            continue;
+        bool whole = p.base >= bit && p.end <= to;
+        if (whole ? page_count(slot_page(p.v)) < p.end - p.base
+                  : dir_next(m->other, MAX(bit, p.base), MIN(to, p.end), false) < MIN(to, p.end))
+            return false;
+    }
+    return true;
+}
+
+static int convert_page(struct merge *m, uint64_t base, bitmap_slot *ds)
+{
+    uintptr_t dv = atomic_load(ds);
+    struct page *dst = slot_page(dv);
+    unsigned full = dir_valid_bits(m->dir, base);
+    if (merge_reserve(m) < 0)
+        return -ENOMEM;
+    struct page *pg = merge_make_page(m);
+    if (!pg)
+        return merge_no_memory(m, ds, 0);
+    unsigned n = page_convert(pg, base, full, m->shift, m->other, m->other_shift, m->pace);
+    assert(n); /* the walk goes where the source has bits */
+    pace_add(m->pace, PACE_PAGE);
+    if (dst && n < full) {
+        bool in_place = !m->undo && !(dv & SLOT_SHARED);
+        n = page_or(in_place ? dst : pg, dst, pg);
+    }
+    if (n == full) {
+        merge_set(m, ds, 0, SLOT_ONES);
+    } else if (!dst || n > page_count(dst)) {
+        merge_set(m, ds, 0, (uintptr_t)pg);
+        return 0;
+    }
+    m->spare = pg;
+    return 0;
+}
+
+static int convert_slot(struct merge *m, unsigned level, uint64_t base, bitmap_slot *ds)
+{
+    uint64_t end = MIN(base + ((uint64_t)1 << bitmap_span_shift(level)), m->dir->n_bits);
+    uintptr_t dv = atomic_load(ds);
+    if (dv & SLOT_ONES)
+        return 0;
+    if (all_to_convert(m, base, end))
+        return merge_ones(m, level, ds);
+    if (!level)
+        return convert_page(m, base, ds);
+    if (!dv)
+        return merge_new_table(m, level, base, ds, NULL);
+    return convert_slots(m, level - 1, base, slot_table(dv)->slot, TABLE_SLOTS);
+}
+
+static int convert_slots(struct merge *m, unsigned level, uint64_t base, bitmap_slot *ds,
+                         unsigned n)
+{
+    unsigned shift = bitmap_span_shift(level);
+    uint64_t end = MIN(base + ((uint64_t)n << shift), m->dir->n_bits), at = base;
+    int result = 0;
+    while (at < end && (at = next_to_convert(m, at, end)) < end) {
+        uint64_t i = (at - base) >> shift;
+        pace_add(m->pace, 1);
+        int r = convert_slot(m, level, base + (i << shift), &ds[i]);
+        if (r < 0 && m->undo)
+            return r; /* as in merge_slots */
+        result = r < 0 ? r : result;
+        at = base + ((i + 1) << shift);
+    }
+    return result;
 }
 
 /* ---- the two kinds ---- */
 
-int bitmap_merge(struct bitmap *dst, struct bitmap *src)
+static int merge_dirs(struct bitmap *dst, struct bitmap *src, struct bitmap_undo *undo,
+                      struct bitmap_pace *pace)
 {
     assert(dst->size == src->size);
     if (dst == src)
         return 0;
     struct dir *d = atomic_load(&dst->dir), *s = atomic_load(&src->dir);
-    if (dst->shift == src->shift)
-        return merge_dirs(&(struct merge){.dir = d}, s);
-    struct bitmap_retired replaced = {0};
-    int r = dir_copy_runs(d, dst->shift, s, src->shift, &replaced);
-    bitmap_retired_free(&replaced); /* at once: nobody reads dst */
+    struct merge m = {.dir = d, .undo = undo, .pace = pace};
+    int r;
+    if (dst->shift == src->shift) {
+        r = merge_slots(&m, d->top, 0, d->root, s->root, d->n_root);
+    } else {
+        m.other = s;
+        m.other_shift = src->shift;
+        m.shift = dst->shift;
+        r = convert_slots(&m, d->top, 0, d->root, d->n_root);
+    }
+    page_put(m.spare);
     return r;
 }
 
-static int merge_converted(struct bitmap *dst, struct bitmap *src, struct bitmap_undo *u)
+int bitmap_merge(struct bitmap *dst, struct bitmap *src, struct bitmap_pace *pace)
 {
-    struct bitmap *c;
-    int r = bitmap_convert(src, dst->shift, &c);
-    if (r < 0)
-        return r;
-    *bitmap_link(c) = u->used_up;
-    u->used_up = c;
-    struct merge m = {.dir = atomic_load(&dst->dir), .undo = u, .private_source = true};
-    return merge_dirs(&m, atomic_load(&c->dir));
+    return merge_dirs(dst, src, NULL, pace);
 }
 
 int bitmap_merge_undoable(struct bitmap *dst, struct bitmap *src, struct bitmap_undo *u)
 {
-    assert(dst->size == src->size && !u->unwound);
-    if (dst == src)
-        return 0;
-    if (dst->shift != src->shift)
-        return merge_converted(dst, src, u);
-    struct merge m = {.dir = atomic_load(&dst->dir), .undo = u};
-    return merge_dirs(&m, atomic_load(&src->dir));
+    assert(!u->unwound);
+    return merge_dirs(dst, src, u, u->pace);
 }

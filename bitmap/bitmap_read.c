@@ -115,10 +115,16 @@ uint64_t bitmap_next_clean(const struct bitmap *b, uint64_t off, uint64_t end)
 
 uint64_t bitmap_count(const struct bitmap *b)
 {
+    return bitmap_count_at(b, NULL);
+}
+
+uint64_t bitmap_count_at(const struct bitmap *b, struct bitmap_pace *pace)
+{
     const struct dir *d = atomic_load(&b->dir);
     uint64_t sum = 0;
     struct place p;
     for (uint64_t bit = 0; bitmap_find_other(d, bit, d->n_bits, 0, &p); bit = p.end) {
+        pace_add(pace, 1);
         if (p.v & SLOT_ONES) {
             sum += p.end - p.base;
         } else {

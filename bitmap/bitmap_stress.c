@@ -314,7 +314,7 @@ static void own_taken(void)
 static struct bitmap *replace_b(void)
 {
     struct bitmap *c;
-    must(bitmap_clone(g.a, &c));
+    must(bitmap_clone(g.a, NULL, &c));
     bitmap_swap(g.b, c);
     return c;
 }
@@ -323,7 +323,7 @@ static struct bitmap *replace_b(void)
 static struct bitmap_undo *merge_both(bool back)
 {
     struct bitmap_undo *u;
-    must(bitmap_undo_new(g.pool, &u));
+    must(bitmap_undo_new(g.pool, NULL, &u));
     uint8_t *own = g.loop[0].own;
     uint64_t n = bitmap_count(g.a) + bitmap_count(g.b);
     for (uint64_t i = 0; !back && i < OWN_BLOCKS; i++)
@@ -440,11 +440,11 @@ static void round_once(struct bitmap **frozen, uint64_t *seed)
         undo = merge_both(rnd(seed) % 2);
         break;
     case 5:
-        must(bitmap_merge(g.b, g.a)); /* in place: nobody reads b */
+        must(bitmap_merge(g.b, g.a, NULL)); /* in place: nobody reads b */
         break;
     default:
         if (!*frozen)
-            must(bitmap_clone(g.a, frozen));
+            must(bitmap_clone(g.a, NULL, frozen));
     }
     uint64_t n = *frozen ? bitmap_count(*frozen) : 0;
     reopen();

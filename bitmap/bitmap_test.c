@@ -1,34 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Tests of bitmap/: random operations on several bitmaps that share pages, each beside a model
+/* Tests of bitmaps: random operations on several bitmaps that share pages, each beside a model
  * which is a plain list of dirty intervals; shapes and ranges at every edge; each allocation
- * failing once. What threads do to each other is in bitmap_stress.c. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
-
-#include <cmocka.h>
-
-#include <errno.h>
-
-#include "base/bytes.h"
-#include "base/mem.h"
-#include "bitmap/bitmap.h"
-#include "bitmap/kernels.h"
+ * failing once. Merging and pools are in bitmap_merge_test.c, what threads do to
+ * each other in bitmap_stress.c. */
+#include "bitmap/bitmap_test.h"
 
 typedef unsigned __int128 wide;
-
-static uint64_t seed;
-
-static uint64_t rnd(uint64_t below)
-{
-    seed ^= seed << 13;
-    seed ^= seed >> 7;
-    seed ^= seed << 17;
-    return below ? seed % below : 0;
-}
 
 /* ---- the model: dirty blocks as sorted intervals that do not touch ---- */
 
@@ -198,8 +175,6 @@ struct shape {
     unsigned shift;
 };
 
-#define PAGE ((uint64_t)32768) /* bits */
-
 static const struct shape shapes[] = {
     {0, 9},
     {1, 9},
@@ -326,10 +301,10 @@ static void step_convert(struct world *w, unsigned i)
     m = (struct model){.size = w->shape.size, .shift = shift};
     model_merge(&m, w->m[i]);
     struct bitmap *c;
-    assert_int_equal(bitmap_convert(w->b[i], shift, &c), 0);
+    assert_int_equal(bitmap_convert(w->b[i], shift, NULL, &c), 0);
     check(c, &m);
     unsigned j = (unsigned)rnd(N);
-    assert_int_equal(bitmap_merge(w->b[j], c), 0);
+    assert_int_equal(bitmap_merge(w->b[j], c, NULL), 0);
     model_merge(w->m[j], &m);
     bitmap_free(c);
 }
@@ -360,7 +335,7 @@ static void step_whole(struct world *w, unsigned i)
     case 0:
         if (i != j) {
             bitmap_free(w->b[j]);
-            assert_int_equal(bitmap_clone(w->b[i], &w->b[j]), 0);
+            assert_int_equal(bitmap_clone(w->b[i], NULL, &w->b[j]), 0);
             *w->m[j] = *w->m[i];
         }
         break;
@@ -378,7 +353,7 @@ static void step_whole(struct world *w, unsigned i)
             break;
         } /* fall through */
     default:
-        assert_int_equal(bitmap_merge(w->b[i], w->b[j]), 0);
+        assert_int_equal(bitmap_merge(w->b[i], w->b[j], NULL), 0);
         model_merge(w->m[i], w->m[j]);
     }
 }
@@ -484,14 +459,14 @@ static void change_merge(struct world *w, struct change *c)
 {
     static struct model m;
     c->kind = MERGED;
-    assert_int_equal(bitmap_undo_new(NULL, &c->undo), 0);
+    assert_int_equal(bitmap_undo_new(NULL, NULL, &c->undo), 0);
     for (uint64_t n = 1 + rnd(3); n; n--) {
         unsigned j = (unsigned)rnd(N), shift = w->shape.shift;
         struct bitmap *b = w->b[j];
         if (!rnd(3)) {
             shift = BITMAP_SHIFT_MIN + (unsigned)rnd(BITMAP_SHIFT_MAX - BITMAP_SHIFT_MIN + 1);
             shift = MAX(shift, bitmap_min_shift(w->shape.size));
-            assert_int_equal(bitmap_convert(w->b[j], shift, &b), 0);
+            assert_int_equal(bitmap_convert(w->b[j], shift, NULL, &b), 0);
         }
         m = (struct model){.size = w->shape.size, .shift = shift};
         model_merge(&m, w->m[j]);
@@ -574,13 +549,6 @@ static void random_lists_taken_back(void **state)
 }
 
 /* ---- what is easier to see than to draw by lot ---- */
-
-static struct bitmap *make(uint64_t size, unsigned shift)
-{
-    struct bitmap *b;
-    assert_int_equal(bitmap_new(size, shift, &b), 0);
-    return b;
-}
 
 static void new_refuses(void **state)
 {
@@ -693,8 +661,8 @@ static void shared_pages_are_counted_once_each_side(void **state)
     struct bitmap *a = make(PAGE << 16, 16), *b, *c;
     bitmap_mark(a, 0, 1, &r);
     assert_null(r.head); /* nothing was replaced */
-    assert_int_equal(bitmap_clone(a, &b), 0);
-    assert_int_equal(bitmap_clone(a, &c), 0);
+    assert_int_equal(bitmap_clone(a, NULL, &b), 0);
+    assert_int_equal(bitmap_clone(a, NULL, &c), 0);
     /* The same page is replaced in two bitmaps: two notes, in two lists. */
     bitmap_mark(a, 65536, 1, &r);
     bitmap_mark(b, 2 * 65536, 1, &r2);
@@ -714,191 +682,6 @@ static void shared_pages_are_counted_once_each_side(void **state)
     assert_true(bitmap_test(c, 0) && !bitmap_test(c, 65536));
     bitmap_free(b);
     bitmap_free(c);
-}
-
-static void merge_shares_and_collapses(void **state)
-{
-    struct bitmap_retired r = {0};
-    uint64_t page = PAGE << 16;
-    struct bitmap *a = make(4 * page, 16), *b = make(4 * page, 16), *c;
-    size_t bare = bitmap_memory(a);
-    for (uint64_t i = 0; i < PAGE; i++) /* page 0: a even, b odd; page 1: only b */
-        bitmap_mark(i % 2 ? b : a, i << 16, 1, &r);
-    bitmap_mark(b, page, 1, &r);
-    assert_int_equal(bitmap_clone(a, &c), 0);
-    assert_int_equal(bitmap_merge(c, b), 0);
-    assert_int_equal(bitmap_count(c), PAGE + 1);
-    assert_int_equal(bitmap_count(a), PAGE / 2);
-    assert_true(bitmap_memory(c) < bare + 5000); /* page 0 is ones, page 1 is b's */
-    assert_int_equal(bitmap_merge(a, b), 0);     /* in place, the same */
-    assert_int_equal(bitmap_count(a), PAGE + 1);
-    assert_true(bitmap_memory(a) < bare + 5000);
-    bitmap_mark(b, page + 65536, 1, &r); /* b may not write to what it has given */
-    assert_int_equal(r.n, 1);
-    assert_int_equal(bitmap_count(a), PAGE + 1);
-    assert_int_equal(bitmap_merge(a, a), 0);
-    bitmap_free(a);
-    bitmap_free(b);
-    bitmap_free(c);
-    bitmap_retired_free(&r);
-}
-
-static void undo_free(struct bitmap_undo *u)
-{
-    assert_true(bitmap_undo_free_some(u, &(unsigned){1000000}));
-}
-
-/* A table, a page of its own, a shared page, ones in the place of a table and of a page: each is
- * there again, and what was its own may be written in place again. */
-static void an_undone_merge_leaves_nothing_behind(void **state)
-{
-    struct bitmap_retired r = {0};
-    uint64_t page = PAGE << 16, table = page * 512;
-    struct bitmap *a = make(8 * table, 16), *b = make(8 * table, 16), *keep;
-    bitmap_mark(a, 3 * page, 1, &r);
-    assert_int_equal(bitmap_clone(a, &keep), 0); /* that page is shared */
-    bitmap_mark(a, 5 * page, 1, &r);             /* its own */
-    bitmap_mark(a, 2 * table + page, 1, &r);
-    size_t before = bitmap_memory(a);
-    bitmap_mark(b, 3 * page + 65536, 1, &r);
-    bitmap_mark(b, 5 * page + 65536, 1, &r);
-    bitmap_mark(b, table, 1, &r);         /* a table that a has not */
-    bitmap_mark(b, 2 * table, table, &r); /* ones in the place of a table */
-    bitmap_mark(b, 7 * page, page, &r);
-    struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
-    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
-    assert_int_equal(bitmap_count(a), 4 + 1 + 512 * PAGE + PAGE);
-    unsigned long n = mem_fail_after(1); /* unwinding asks for no memory */
-    bitmap_undo_unwind(u);
-    n = mem_fail_after(0);
-    assert_int_equal(n, 0);
-    assert_int_equal(bitmap_memory(a), before);
-    assert_int_equal(bitmap_count(a), 3);
-    undo_free(u);
-    bitmap_mark(a, 5 * page + 2 * 65536, 1, &r);
-    assert_int_equal(r.n, 0); /* in place */
-    bitmap_mark(a, 3 * page + 2 * 65536, 1, &r);
-    assert_int_equal(r.n, 1); /* in a copy */
-    assert_int_equal(bitmap_count(keep), 1);
-    bitmap_free(a);
-    bitmap_free(b);
-    bitmap_free(keep);
-    bitmap_retired_free(&r);
-}
-
-static struct bitmap_undo *merge_from_pool(struct bitmap_pool *p, struct bitmap *a,
-                                           struct bitmap *b)
-{
-    struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(p, &u), 0);
-    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
-    return u;
-}
-
-/* Pages from slabs: more than two slabs full; taken back; kept and changed; each slab goes, and
- * what is free in one is used before there is another. */
-static void pages_from_a_pool(void **state)
-{
-    struct bitmap_retired r = {0};
-    uint64_t n = 1500, page = PAGE << 16;
-    struct bitmap *a = make(256 * TIB, 16), *b = make(256 * TIB, 16), *keep;
-    struct bitmap_pool *p;
-    struct bitmap_undo *u;
-    for (uint64_t i = 0; i < n; i++) {
-        bitmap_mark(a, i * page, 1, &r);
-        bitmap_mark(b, i * page + 65536, 1, &r);
-    }
-    assert_int_equal(bitmap_pool_new(&p), 0);
-    for (unsigned long k = 1; k < 90; k += ALLOCATION_STEP) { /* the first slab is among them */
-        assert_int_equal(bitmap_undo_new(p, &u), 0);
-        mem_fail_after(k);
-        int e = bitmap_merge_undoable(a, b, u);
-        if (mem_fail_after(0) >= k)
-            assert_int_equal(e, -ENOMEM);
-        bitmap_undo_unwind(u);
-        assert_int_equal(bitmap_count(a), n);
-        undo_free(u);
-    }
-    u = merge_from_pool(p, a, b);
-    bitmap_undo_unwind(u);
-    assert_int_equal(bitmap_count(a), n);
-    undo_free(u);
-    mem_fail_after(0);
-    u = merge_from_pool(p, a, b); /* the slabs are there still */
-    assert_true(mem_fail_after(0) < 64 + 20);
-    assert_int_equal(bitmap_count(a), 2 * n);
-    undo_free(u);
-    assert_false(bitmap_pool_trim(p)); /* none is empty */
-    assert_int_equal(bitmap_clone(a, &keep), 0);
-    for (uint64_t i = 1; i < n; i += 2)
-        bitmap_mark(a, i * page + 2 * 65536, 1, &r); /* copies: half of each slab is free then */
-    assert_int_equal(r.n, n / 2);
-    bitmap_free(keep);
-    bitmap_retired_free(&r);
-    for (uint64_t i = 0; i < n; i += 2)
-        bitmap_mark(b, i * page + 3 * 65536, 1, &r);
-    mem_fail_after(0);
-    u = merge_from_pool(p, a, b);
-    assert_true(mem_fail_after(0) < 64 + 20);
-    assert_int_equal(bitmap_count(a), 3 * n);
-    undo_free(u);
-    bitmap_free(a);
-    bitmap_free(b);
-    bitmap_retired_free(&r);
-    unsigned trims = 1;
-    while (bitmap_pool_trim(p))
-        trims++;
-    assert_int_equal(trims, 3);
-    bitmap_pool_free(p); /* asserts that nothing is left */
-}
-
-/* What a merge costs is in what it allocates: nothing for what the target has already. */
-static void merge_makes_only_what_differs(void **state)
-{
-    struct bitmap_retired r = {0};
-    uint64_t page = PAGE << 16;
-    struct bitmap *a = make(256 * TIB, 16), *b = make(256 * TIB, 16);
-    for (uint64_t i = 0; i < 4096; i++) {
-        bitmap_mark(a, i * page, 2 * 65536, &r);
-        bitmap_mark(b, i * page, i == 77 || i == 99 ? 3 * 65536 : 65536, &r);
-    }
-    struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
-    mem_fail_after(0);
-    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
-    /* A note for each, in one chunk; a page to try in. Both pages are the source's. */
-    assert_true(mem_fail_after(0) <= 2);
-    assert_int_equal(bitmap_count(a), 4096 * 2 + 2);
-    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
-    assert_true(mem_fail_after(0) <= 2);
-    undo_free(u);
-    bitmap_free(a);
-    bitmap_free(b);
-    bitmap_retired_free(&r);
-}
-
-static void big_ones_are_freed_in_pieces(void **state)
-{
-    struct bitmap_retired r = {0};
-    uint64_t page = PAGE << 16;
-    struct bitmap *a = make(256 * TIB, 16), *b = make(256 * TIB, 16);
-    for (uint64_t i = 0; i < 3000; i++) {
-        bitmap_mark(a, i * page, 1, &r);
-        bitmap_mark(b, i * page + 65536, 1, &r);
-    }
-    struct bitmap_undo *u;
-    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
-    assert_int_equal(bitmap_merge_undoable(a, b, u), 0);
-    unsigned n = 1;
-    while (!bitmap_undo_free_some(u, &(unsigned){100}))
-        n++;
-    assert_in_range(n, 30, 32);
-    for (n = 1; !bitmap_free_some(a, &(unsigned){100});)
-        n++;
-    assert_in_range(n, 30, 32); /* the pages, and six tables */
-    bitmap_free(b);
-    bitmap_retired_free(&r);
 }
 
 static void count_sink(void *arg, const uint8_t *bytes, uint64_t len)
@@ -929,35 +712,6 @@ static void pack_of_nothing_is_one_call(void **state)
 }
 
 /* ---- memory that is not there ---- */
-
-#define SIZE ((PAGE * 600 << 12) - 5000) /* two tables, the last page partial */
-
-/* A page of its own, a shared one, ones, a table of ones, and the tail: in both, not alike. */
-static void make_pair(struct bitmap **a, struct bitmap **b, struct bitmap **keep,
-                      struct bitmap_retired *r)
-{
-    uint64_t page = PAGE << 12;
-    *a = make(SIZE, 12);
-    *b = make(SIZE, 12);
-    bitmap_mark(*a, 2 * page + 4096, 8192, r);
-    bitmap_mark(*a, SIZE - 1, 1, r);
-    bitmap_mark(*b, 7 * page + 4096, 1, r);
-    assert_int_equal(bitmap_clone(*a, keep), 0);
-    assert_int_equal(bitmap_merge(*b, *a), 0);
-    bitmap_mark(*b, 2 * page, 1, r);
-    bitmap_mark(*a, page, 1, r);
-    bitmap_mark(*a, 3 * page, 2 * page, r);
-    bitmap_mark(*b, 100 * page + 1, 3 * page, r);
-}
-
-static void assert_contains(const struct bitmap *more, const struct bitmap *less)
-{
-    uint64_t off = 0, len;
-    while (bitmap_next_dirty(less, off, UINT64_MAX, &off, &len)) {
-        assert_true(bitmap_next_clean(more, off, UINT64_MAX) >= off + len);
-        off += len;
-    }
-}
 
 /* An operation on `a` and `b`; *out is made by it, or NULL. `want` is what it has to contain. */
 struct op {
@@ -1000,17 +754,17 @@ static int op_take(struct bitmap *a, struct bitmap *b, struct bitmap **out,
 static int op_merge(struct bitmap *a, struct bitmap *b, struct bitmap **out,
                     struct bitmap_retired *r)
 {
-    return bitmap_merge(a, b);
+    return bitmap_merge(a, b, NULL);
 }
 
 static int op_merge_other(struct bitmap *a, struct bitmap *b, struct bitmap **out,
                           struct bitmap_retired *r)
 {
     struct bitmap *c;
-    int e = bitmap_convert(b, 13, &c);
+    int e = bitmap_convert(b, 13, NULL, &c);
     if (e < 0)
         return e;
-    e = bitmap_merge(a, c);
+    e = bitmap_merge(a, c, NULL);
     assert_contains(a, b); /* also when memory was short */
     bitmap_free(c);
     return e;
@@ -1019,13 +773,13 @@ static int op_merge_other(struct bitmap *a, struct bitmap *b, struct bitmap **ou
 static int op_clone(struct bitmap *a, struct bitmap *b, struct bitmap **out,
                     struct bitmap_retired *r)
 {
-    return bitmap_clone(a, out);
+    return bitmap_clone(a, NULL, out);
 }
 
 static int op_convert(struct bitmap *a, struct bitmap *b, struct bitmap **out,
                       struct bitmap_retired *r)
 {
-    return bitmap_convert(a, 14, out);
+    return bitmap_convert(a, 14, NULL, out);
 }
 
 static int op_resized(struct bitmap *a, struct bitmap *b, struct bitmap **out,
@@ -1058,8 +812,8 @@ static bool run_starved(const struct op *op, unsigned long n, const struct bitma
     struct bitmap_retired r = {0};
     struct bitmap *a, *b, *keep, *out = NULL, *b_then, *a_then;
     make_pair(&a, &b, &keep, &r);
-    assert_int_equal(bitmap_clone(b, &b_then), 0);
-    assert_int_equal(bitmap_clone(a, &a_then), 0);
+    assert_int_equal(bitmap_clone(b, NULL, &b_then), 0);
+    assert_int_equal(bitmap_clone(a, NULL, &a_then), 0);
     mem_fail_after(n);
     int e = op->run(a, b, &out, &r);
     bool hit = mem_fail_after(0) >= n;
@@ -1078,7 +832,7 @@ static bool run_starved(const struct op *op, unsigned long n, const struct bitma
     /* Whatever it is now, it still works: pages that had to stay with an all-ones slot too. */
     uint64_t len, off;
     struct bitmap *again;
-    assert_int_equal(bitmap_clone(a, &again), 0);
+    assert_int_equal(bitmap_clone(a, NULL, &again), 0);
     assert_contains(again, a);
     bitmap_free(again);
     for (off = 4096; off < SIZE; off += PAGE << 12)
@@ -1121,60 +875,6 @@ static void every_allocation_fails_once(void **state)
     }
 }
 
-/* Two merges, one of another granularity, into a log that has one already; the n-th allocation
- * fails. True: it did. */
-static bool undoable_starved(unsigned long n)
-{
-    struct bitmap_retired r = {0};
-    struct bitmap *a, *b, *keep, *other, *first, *then;
-    struct bitmap_undo *u;
-    make_pair(&a, &b, &keep, &r);
-    bitmap_mark(b, 520 * (PAGE << 12), 1, &r); /* a table that a has not */
-    assert_int_equal(bitmap_convert(b, 13, &other), 0);
-    bitmap_mark(other, 400 * (PAGE << 12), 1, &r);
-    first = make(SIZE, 12);
-    bitmap_mark(first, 2 * (PAGE << 12) + 5 * 4096, 1, &r);
-    assert_int_equal(bitmap_clone(a, &then), 0);
-    assert_int_equal(bitmap_undo_new(NULL, &u), 0);
-    assert_int_equal(bitmap_merge_undoable(a, first, u), 0);
-    mem_fail_after(n);
-    int e = bitmap_merge_undoable(a, b, u);
-    if (e == 0)
-        e = bitmap_merge_undoable(a, other, u);
-    bool hit = mem_fail_after(0) >= n;
-    assert_int_equal(e, hit ? -ENOMEM : 0);
-    if (!hit) {
-        assert_contains(a, b);
-        assert_contains(a, other);
-    }
-    bitmap_undo_unwind(u);
-    assert_contains(a, then);
-    assert_contains(then, a);
-    assert_int_equal(bitmap_count(a), bitmap_count(then));
-    assert_int_equal(bitmap_memory(a), bitmap_memory(then));
-    undo_free(u);
-    assert_int_equal(bitmap_count(keep), 3);
-    for (uint64_t off = 4096; off < SIZE; off += PAGE << 12)
-        assert_true(bitmap_take(a, off, &r) >= 0 && bitmap_take(b, off, &r) >= 0);
-    struct bitmap *all[] = {a, b, keep, other, first, then};
-    for (unsigned i = 0; i < 6; i++)
-        bitmap_free(all[i]);
-    bitmap_retired_free(&r);
-    return hit;
-}
-
-static void undoable_merge_without_memory(void **state)
-{
-    unsigned long n = 1;
-    while (undoable_starved(n))
-        n++;
-    assert_true(n > 5 && n < 1000);
-    struct bitmap_undo *u;
-    mem_fail_after(1);
-    assert_int_equal(bitmap_undo_new(NULL, &u), -ENOMEM);
-    mem_fail_after(0);
-}
-
 /* Without memory the tail becomes all ones and no bit past the end shows. */
 static void starved_tail_stays_inside_the_disk(void **state)
 {
@@ -1195,39 +895,6 @@ static void starved_tail_stays_inside_the_disk(void **state)
     bitmap_free(big);
 }
 
-/* ---- kernels ---- */
-
-static void kernels_agree(void **state)
-{
-    static _Alignas(64) uint64_t a[520], b[520], want[520], got[520];
-    const struct bitmap_kernels *one = bitmap_kernels_nth(0), *k;
-    assert_non_null(bitmap_kernels()->name);
-    seed = 42;
-    for (unsigned i = 1; (k = bitmap_kernels_nth(i)); i++) {
-        for (unsigned round = 0; round < 200; round++) {
-            size_t n = rnd(65) * 8, at = rnd(8), bt = rnd(8);
-            for (unsigned j = 0; j < 520; j++) {
-                a[j] = rnd(3) ? 0 : rnd(0) | (seed & (seed >> 7));
-                b[j] = rnd(5) ? seed : UINT64_MAX;
-            }
-            assert_int_equal(k->or_count(got + at, a + at, b, n),
-                             one->or_count(want + at, a + at, b, n));
-            assert_memory_equal(got + at, want + at, n * 8);
-            memset(got, 0xaa, sizeof got);
-            assert_int_equal(k->or_count_new(got, a + at, b + bt, n),
-                             one->or_count(want, a + at, b + bt, n));
-            assert_memory_equal(got, want, n * 8);
-            assert_true(n == 512 || got[n] == 0xaaaaaaaaaaaaaaaa);
-            assert_int_equal(k->copy_count(got, b + at, n), one->copy_count(want, b + at, n));
-            assert_memory_equal(got, want, n * 8);
-            assert_int_equal(k->count(b + at, n), one->count(b + at, n));
-            memset(a, 0, rnd(521) * 8);
-            n = rnd(513);
-            assert_int_equal(k->first_set(a + at, n), one->first_set(a + at, n));
-        }
-    }
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -1236,16 +903,9 @@ int main(void)
         cmocka_unit_test(runs_join_across_pages_and_ones),
         cmocka_unit_test(memory_is_small),
         cmocka_unit_test(shared_pages_are_counted_once_each_side),
-        cmocka_unit_test(merge_shares_and_collapses),
-        cmocka_unit_test(an_undone_merge_leaves_nothing_behind),
-        cmocka_unit_test(pages_from_a_pool),
-        cmocka_unit_test(merge_makes_only_what_differs),
-        cmocka_unit_test(big_ones_are_freed_in_pieces),
         cmocka_unit_test(pack_of_nothing_is_one_call),
         cmocka_unit_test(every_allocation_fails_once),
-        cmocka_unit_test(undoable_merge_without_memory),
         cmocka_unit_test(starved_tail_stays_inside_the_disk),
-        cmocka_unit_test(kernels_agree),
         cmocka_unit_test(random_against_model),
         cmocka_unit_test(random_lists_taken_back),
     };

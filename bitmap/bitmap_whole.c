@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What is done with whole bitmaps, on the control loop, while nobody can mark or clean them: swap,
- * clone, another granularity or size; merging is in bitmap_merge.c.
+ * clone, another size; merging, also into another granularity, is in bitmap_merge.c.
  *
  * Here and there only, pages become SHARED, in the slots of both sides at once, and reference
  * counts grow. Only equal shapes (size and granularity) share pages; others copy. Recursion is one
@@ -43,24 +43,7 @@ static void slot_share(bitmap_slot *from, bitmap_slot *to)
     atomic_store(to, v | SLOT_SHARED);
 }
 
-/* ---- unequal shapes ---- */
-
-int dir_copy_runs(struct dir *dst, unsigned dst_shift, const struct dir *src, unsigned src_shift,
-                  struct bitmap_retired *r)
-{
-    struct change c = {.retired = r};
-    uint64_t bit = 0, stop;
-    while ((bit = dir_next(src, bit, src->n_bits, true)) < src->n_bits) {
-        stop = dir_next(src, bit, src->n_bits, false);
-        uint64_t from = bit << src_shift >> dst_shift;
-        uint64_t to = bitmap_bits(stop << src_shift, dst_shift);
-        if (from >= dst->n_bits)
-            break;
-        dir_mark(dst, from, MIN(to, dst->n_bits), &c);
-        bit = MAX(stop, to << dst_shift >> src_shift); /* what falls into the same block is done */
-    }
-    return c.starved ? -ENOMEM : 0;
-}
+/* ---- another size ---- */
 
 /* dst, which is new and empty, becomes src as far as both reach. */
 static int copy_pages(struct dir *dst, const struct dir *src)
@@ -87,10 +70,11 @@ static int copy_pages(struct dir *dst, const struct dir *src)
 /* ---- new bitmaps out of old ones ---- */
 
 static int clone_slots(const struct dir *d, unsigned level, uint64_t base, bitmap_slot *from,
-                       bitmap_slot *to, unsigned n)
+                       bitmap_slot *to, unsigned n, struct bitmap_pace *pace)
 {
     for (unsigned i = 0; i < n; i++, base += (uint64_t)1 << bitmap_span_shift(level)) {
         uintptr_t v = atomic_load(&from[i]);
+        pace_add(pace, 1);
         if (!v)
             continue;
         if (v & SLOT_ONES || (!level && page_count(slot_page(v)) == dir_valid_bits(d, base))) {
@@ -102,7 +86,8 @@ static int clone_slots(const struct dir *d, unsigned level, uint64_t base, bitma
             if (!t)
                 return -ENOMEM;
             atomic_store(&to[i], (uintptr_t)t);
-            int r = clone_slots(d, level - 1, base, slot_table(v)->slot, t->slot, TABLE_SLOTS);
+            int r =
+                clone_slots(d, level - 1, base, slot_table(v)->slot, t->slot, TABLE_SLOTS, pace);
             if (r < 0)
                 return r;
         }
@@ -120,35 +105,30 @@ static int finish(int r, struct bitmap *made, struct bitmap **out)
     return r;
 }
 
-int bitmap_clone(struct bitmap *b, struct bitmap **out)
+int bitmap_clone(struct bitmap *b, struct bitmap_pace *pace, struct bitmap **out)
 {
     struct bitmap *c;
     int r = bitmap_new(b->size, b->shift, &c);
     if (r < 0)
         return r;
     struct dir *from = atomic_load(&b->dir), *to = atomic_load(&c->dir);
-    r = clone_slots(from, from->top, 0, from->root, to->root, from->n_root);
+    r = clone_slots(from, from->top, 0, from->root, to->root, from->n_root, pace);
     return finish(r, c, out);
 }
 
-int bitmap_convert(struct bitmap *b, unsigned shift, struct bitmap **out)
+int bitmap_convert(struct bitmap *b, unsigned shift, struct bitmap_pace *pace, struct bitmap **out)
 {
     if (shift == b->shift)
-        return bitmap_clone(b, out);
+        return bitmap_clone(b, pace, out);
     struct bitmap *c;
     int r = bitmap_new(b->size, shift, &c);
-    if (r < 0)
-        return r;
-    struct bitmap_retired none = {0};
-    r = dir_copy_runs(atomic_load(&c->dir), shift, atomic_load(&b->dir), b->shift, &none);
-    bitmap_retired_free(&none); /* a page that became full run by run */
-    return finish(r, c, out);
+    return r < 0 ? r : finish(bitmap_merge(c, b, pace), c, out);
 }
 
 int bitmap_resized(struct bitmap *b, uint64_t size, struct bitmap **out)
 {
     if (size == b->size)
-        return bitmap_clone(b, out);
+        return bitmap_clone(b, NULL, out);
     struct bitmap *c;
     int r = bitmap_new(size, b->shift, &c);
     if (r < 0)

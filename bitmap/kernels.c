@@ -46,8 +46,45 @@ static size_t scalar_first_set(const uint64_t *a, size_t n)
     return i;
 }
 
+/* In the low half: bit i is set where bit 2i or 2i + 1 of w is. */
+static uint64_t halve_word(uint64_t w)
+{
+    w = (w | w >> 1) & 0x5555555555555555;
+    w = (w | w >> 1) & 0x3333333333333333;
+    w = (w | w >> 2) & 0x0f0f0f0f0f0f0f0f;
+    w = (w | w >> 4) & 0x00ff00ff00ff00ff;
+    w = (w | w >> 8) & 0x0000ffff0000ffff;
+    return (w | w >> 16) & 0xffffffff;
+}
+
+/* Each bit of the low half of w, twice. */
+static uint64_t double_word(uint64_t w)
+{
+    w = (w | w << 16) & 0x0000ffff0000ffff;
+    w = (w | w << 8) & 0x00ff00ff00ff00ff;
+    w = (w | w << 4) & 0x0f0f0f0f0f0f0f0f;
+    w = (w | w << 2) & 0x3333333333333333;
+    w = (w | w << 1) & 0x5555555555555555;
+    return w | w << 1;
+}
+
+static void scalar_halve(uint64_t *to, const uint64_t *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        to[i] = halve_word(from[2 * i]) | halve_word(from[2 * i + 1]) << 32;
+}
+
+static void scalar_twice(uint64_t *to, const uint64_t *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        to[2 * i] = double_word(from[i] & 0xffffffff);
+        to[2 * i + 1] = double_word(from[i] >> 32);
+    }
+}
+
 static const struct bitmap_kernels scalar = {
-    "scalar", scalar_or_count, scalar_or_count, scalar_copy_count, scalar_count, scalar_first_set,
+    "scalar",     scalar_or_count,  scalar_or_count, scalar_copy_count,
+    scalar_count, scalar_first_set, scalar_halve,    scalar_twice,
 };
 
 #if defined(__x86_64__)
@@ -145,8 +182,49 @@ AVX2 static size_t avx2_first_set(const uint64_t *a, size_t n)
     return i;
 }
 
+/* As halve_word, for each 16 bits. */
+AVX2 static inline __m256i avx2_halve_16(__m256i v)
+{
+    v = _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi16(v, 1)), _mm256_set1_epi8(0x55));
+    v = _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi16(v, 1)), _mm256_set1_epi8(0x33));
+    v = _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi16(v, 2)), _mm256_set1_epi8(0x0f));
+    return _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi16(v, 4)), _mm256_set1_epi16(0xff));
+}
+
+/* Packing works on each half of a register by itself: the quarters are put in order after it. */
+AVX2 static void avx2_halve(uint64_t *to, const uint64_t *from, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        __m256i lo = avx2_halve_16(avx2_load(from + 2 * i));
+        __m256i hi = avx2_halve_16(avx2_load(from + 2 * i + 4));
+        avx2_store(to + i, _mm256_permute4x64_epi64(_mm256_packus_epi16(lo, hi), 0xd8));
+    }
+    scalar_halve(to + i, from + 2 * i, n - i);
+}
+
+/* As double_word, for each byte; they lie in 16 bits each. */
+AVX2 static inline __m256i avx2_double_16(__m256i v)
+{
+    v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 4)), _mm256_set1_epi8(0x0f));
+    v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 2)), _mm256_set1_epi8(0x33));
+    v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 1)), _mm256_set1_epi8(0x55));
+    return _mm256_or_si256(v, _mm256_slli_epi16(v, 1));
+}
+
+AVX2 static void avx2_twice(uint64_t *to, const uint64_t *from, size_t n)
+{
+    size_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+        __m128i v = _mm_loadu_si128((const __m128i *)(const void *)(from + i));
+        avx2_store(to + 2 * i, avx2_double_16(_mm256_cvtepu8_epi16(v)));
+    }
+    scalar_twice(to + 2 * i, from + i, n - i);
+}
+
 static const struct bitmap_kernels avx2 = {
-    "avx2", avx2_or_count, avx2_or_count_new, avx2_copy_count, avx2_count, avx2_first_set,
+    "avx2",     avx2_or_count,  avx2_or_count_new, avx2_copy_count,
+    avx2_count, avx2_first_set, avx2_halve,        avx2_twice,
 };
 
 #define AVX512 __attribute__((target("avx512f,avx512vpopcntdq")))
@@ -195,9 +273,10 @@ AVX512 static uint64_t avx512_count(const uint64_t *a, size_t n)
     return (uint64_t)_mm512_reduce_add_epi64(sums);
 }
 
-/* Looking for a word is as fast with AVX2, which every such processor has. */
+/* What is as fast with AVX2, which every such processor has, is taken from there. */
 static const struct bitmap_kernels avx512 = {
-    "avx512", avx512_or_count, avx512_or_count_new, avx512_copy_count, avx512_count, avx2_first_set,
+    "avx512",     avx512_or_count, avx512_or_count_new, avx512_copy_count,
+    avx512_count, avx2_first_set,  avx2_halve,          avx2_twice,
 };
 
 static bool have_avx2(void)

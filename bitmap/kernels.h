@@ -18,6 +18,10 @@ struct bitmap_kernels {
     uint64_t (*count)(const uint64_t *a, size_t n); /* n % 8 == 0 */
     size_t (*first_set)(const uint64_t *a,
                         size_t n); /* of words that are not zero; n: none. Any n */
+    /* Half as many bits: each is set where either of two is. n words of `to`, 2n of `from`. */
+    void (*halve)(uint64_t *to, const uint64_t *from, size_t n);
+    /* Twice as many bits: each stands there twice. n words of `from`, 2n of `to`. */
+    void (*twice)(uint64_t *to, const uint64_t *from, size_t n);
 };
 
 /* The best form; a few instructions, so nothing is remembered in a global. */

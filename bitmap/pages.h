@@ -191,9 +191,20 @@ struct change {
 };
 void dir_mark(struct dir *d, uint64_t from, uint64_t to, struct change *c); /* bits [from, to) */
 
-/* dst |= src, run by run, rounded outward, cut at the end of dst. -ENOMEM: as with marking. */
-int dir_copy_runs(struct dir *dst, unsigned dst_shift, const struct dir *src, unsigned src_shift,
-                  struct bitmap_retired *r);
+/* The words of `to`, which begin with bit `base` and of which `n_valid` are on the disk, become
+ * what a source of another granularity says; nobody writes to either. How many bits are set. */
+unsigned page_convert(struct page *to, uint64_t base, unsigned n_valid, unsigned shift,
+                      const struct dir *src, unsigned src_shift, struct bitmap_pace *pace);
+
+/* Work that was done; one is a slot that was looked at. May yield where `rest` does. */
+#define PACE_PAGE 32u /* a page that was read or written, the time between two calls */
+static inline void pace_add(struct bitmap_pace *p, unsigned n)
+{
+    if (!p || (p->done += n) < PACE_PAGE)
+        return;
+    p->done = 0;
+    p->rest(p->arg);
+}
 
 /* The first bit in [from, to) that is set (or clear), or `to`. */
 uint64_t dir_next(const struct dir *d, uint64_t from, uint64_t to, bool set);

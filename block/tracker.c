@@ -393,9 +393,9 @@ int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, boo
     return 0;
 }
 
-unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b)
+unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b, struct bitmap_pace *pace)
 {
-    return (unsigned long long)bitmap_count(b->bits) << bitmap_shift(b->bits);
+    return (unsigned long long)bitmap_count_at(b->bits, pace) << bitmap_shift(b->bits);
 }
 
 void dirty_bitmap_renew(struct dirty_bitmap *b)
@@ -536,10 +536,10 @@ void dirty_bitmap_freeze_again(struct dirty_bitmap *b, struct frozen_bits *was)
     was->bits = NULL;
 }
 
-void dirty_bitmap_reclaim(struct dirty_bitmap *b)
+void dirty_bitmap_reclaim(struct dirty_bitmap *b, struct bitmap_pace *pace)
 {
     assert(b->successor && node_is_quiesced(b->node, QUIESCE_WRITES));
-    if (bitmap_merge(b->bits, b->successor) < 0) {
+    if (bitmap_merge(b->bits, b->successor, pace) < 0) {
         log_warn("block", "no memory to fold back bitmap '%s': all of node '%s' is marked dirty",
                  b->name, b->node->name);
         bitmap_mark(b->bits, 0, UINT64_MAX, graph_retired(b->node->graph));

@@ -3,7 +3,7 @@
  *
  * Everything here is control loop only unless said otherwise. What changes what a write marks
  * (attach, detach, swap, enable, freeze) needs the node quiesced for writes; so the functions below
- * that are marked [q] assert node_is_quiesced(). None of them yields.
+ * that are marked [q] assert node_is_quiesced(). None of them yields, but where it is given a pace.
  *
  * A bitmap owned by a backup job is *frozen*: its bits stand still and a *successor* (same shape,
  * empty, same enabled state) takes new marks. At the end the successor either replaces the bits
@@ -81,9 +81,10 @@ struct frozen_bits {
 };
 void dirty_bitmap_abdicate(struct dirty_bitmap *b, struct frozen_bits *was);
 void dirty_bitmap_freeze_again(struct dirty_bitmap *b, struct frozen_bits *was);
-void dirty_bitmap_reclaim(struct dirty_bitmap *b);
-/* Dirty bytes, in whole granules: what queries call its count. */
-unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b);
+void dirty_bitmap_reclaim(struct dirty_bitmap *b, struct bitmap_pace *pace);
+/* Dirty bytes, in whole granules: what queries call its count. Looks at each page, at that pace;
+ * NULL: at a stretch. */
+unsigned long long dirty_bitmap_bytes(const struct dirty_bitmap *b, struct bitmap_pace *pace);
 /* The node goes, its bitmaps are gone. */
 void tracker_free(struct node *n);
 /* Give it a new generation. */

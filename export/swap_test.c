@@ -448,7 +448,7 @@ static void late_body(struct world *w)
     graph_effects_end(w->graph);
     quiesce_end(q);
     wait_deleted(w, 1);
-    CHECK_EQ(dirty_bitmap_bytes(b), 0);
+    CHECK_EQ(dirty_bitmap_bytes(b, NULL), 0);
     CHECK_EQ(node_preadv(n, &(struct iovec){data, 1}, 1, 0, 1), 0);
     CHECK_EQ(data[0], 0);
     io_sock_close(s);

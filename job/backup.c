@@ -55,42 +55,42 @@ static int make_roots(struct backup *b, struct tide_error *err)
 }
 
 /* What has to be copied, in granules. */
-static int make_work(struct backup *b)
+static co_fn int make_work(struct backup *b, struct bitmap_pace *pace)
 {
     unsigned shift = (unsigned)__builtin_ctzll(b->granule);
     int r;
     if (b->opts.sync == BACKUP_BITMAP) {
-        r = bitmap_convert(b->opts.bitmap->bits, shift, &b->todo);
+        r = bitmap_convert(b->opts.bitmap->bits, shift, pace, &b->todo);
     } else {
         r = bitmap_new(b->size, shift, &b->todo);
         if (r == 0)
             r = bitmap_set_all(b->todo);
     }
     if (r == 0)
-        r = bitmap_clone(b->todo, &b->undone);
+        r = bitmap_clone(b->todo, pace, &b->undone);
     if (r == 0 && b->opts.sync != BACKUP_BITMAP)
-        r = bitmap_clone(b->todo, &b->maybe_data);
+        r = bitmap_clone(b->todo, pace, &b->maybe_data);
     return r;
 }
 
-static uint64_t dirty_bytes(const struct bitmap *bm)
+static co_fn uint64_t dirty_bytes(const struct bitmap *bm, struct bitmap_pace *pace)
 {
     uint64_t g = (uint64_t)1 << bitmap_shift(bm), size = bitmap_size(bm);
-    uint64_t n = bitmap_count(bm), tail = size & (g - 1);
+    uint64_t n = bitmap_count_at(bm, pace), tail = size & (g - 1);
     bool cut = tail && bitmap_test(bm, size - 1);
     return n * g - (cut ? g - tail : 0);
 }
 
-static unsigned count_workers(const struct backup *b)
+static unsigned count_workers(const struct backup *b, uint64_t dirty)
 {
-    uint64_t units = dirty_bytes(b->todo) / b->chunk + 1;
+    uint64_t units = dirty / b->chunk + 1;
     uint64_t most = MIN(b->opts.max_workers, BACKUP_MAX_WORKERS);
     return b->opts.sync == BACKUP_NONE ? 0 : (unsigned)MIN(units, MIN(most, 8u));
 }
 
-static int make_workers(struct backup *b)
+static int make_workers(struct backup *b, uint64_t dirty)
 {
-    b->n_workers = count_workers(b);
+    b->n_workers = count_workers(b, dirty);
     b->worker = mem_calloc(b->n_workers + 2, sizeof *b->worker);
     if (!b->worker)
         return -ENOMEM;
@@ -126,9 +126,10 @@ static void free_parts(struct backup *b)
 
 static const struct job_ops backup_ops;
 
-static int prepare(struct backup *b, struct tide_error *err)
+static co_fn int prepare(struct backup *b, struct bitmap_pace *pace, struct tide_error *err)
 {
     const struct backup_options *o = &b->opts;
+    uint64_t dirty = 0;
     int r = check_nodes(o, err);
     if (r == 0)
         r = make_roots(b, err);
@@ -140,22 +141,22 @@ static int prepare(struct backup *b, struct tide_error *err)
     if (o->max_chunk && o->max_chunk < b->granule)
         return tide_fail(err, -EINVAL, "max-chunk %llu is less than the copy unit of %llu bytes",
                          (unsigned long long)o->max_chunk, (unsigned long long)b->granule);
-    r = make_work(b);
+    r = make_work(b, pace);
     if (r == 0)
-        r = make_workers(b);
+        r = make_workers(b, dirty = dirty_bytes(b->todo, pace));
     if (r == 0 && o->bitmap)
         r = dirty_bitmap_freeze(o->bitmap);
     if (r < 0)
         return tide_fail(err, r, "no memory for job '%s'", o->job.id);
-    atomic_store(&b->job.total, o->sync == BACKUP_NONE ? 0 : dirty_bytes(b->todo));
+    atomic_store(&b->job.total, o->sync == BACKUP_NONE ? 0 : dirty);
     b->hook.before_write = backup_before_write;
     node_hook_add(o->source, &b->hook);
     b->hooked = true;
     return 0;
 }
 
-int backup_new(struct jobs *js, const struct backup_options *o, struct job **out,
-               struct tide_error *err)
+int backup_new(struct jobs *js, const struct backup_options *o, struct bitmap_pace *pace,
+               struct job **out, struct tide_error *err)
 {
     struct backup *b = mem_zalloc(sizeof *b);
     if (!b)
@@ -171,7 +172,7 @@ int backup_new(struct jobs *js, const struct backup_options *o, struct job **out
         return r;
     }
     b->opts.job.id = b->job.id;
-    r = prepare(b, err);
+    r = prepare(b, pace, err);
     if (r < 0) {
         free_parts(b);
         job_drop(&b->job);
@@ -194,7 +195,7 @@ void backup_unwind(struct job *j)
     struct backup *b = (struct backup *)j;
     unhook(b);
     if (b->opts.bitmap)
-        dirty_bitmap_reclaim(b->opts.bitmap);
+        dirty_bitmap_reclaim(b->opts.bitmap, NULL); /* the successor is empty */
     b->opts.bitmap = NULL;
 }
 
@@ -319,19 +320,19 @@ static void backup_kick(struct job *j)
 
 /* ------------------------------------------------------------------ the end */
 
-static void backup_commit(struct job *j)
+static co_fn void backup_commit(struct job *j, struct bitmap_pace *pace)
 {
     struct backup *b = (struct backup *)j;
     unhook(b);
     if (!b->opts.bitmap)
         return;
     if (b->opts.bitmap_mode == BACKUP_NEVER)
-        dirty_bitmap_reclaim(b->opts.bitmap);
+        dirty_bitmap_reclaim(b->opts.bitmap, pace);
     else
         dirty_bitmap_abdicate(b->opts.bitmap, &b->was);
 }
 
-static void backup_abort(struct job *j)
+static co_fn void backup_abort(struct job *j, struct bitmap_pace *pace)
 {
     struct backup *b = (struct backup *)j;
     struct dirty_bitmap *bm = b->opts.bitmap;
@@ -339,23 +340,23 @@ static void backup_abort(struct job *j)
     if (!bm)
         return;
     if (b->opts.bitmap_mode != BACKUP_ALWAYS) {
-        dirty_bitmap_reclaim(bm);
+        dirty_bitmap_reclaim(bm, pace);
         return;
     }
     dirty_bitmap_abdicate(bm, &b->was);
-    if (bitmap_merge(bm->bits, b->undone) < 0)
+    if (bitmap_merge(bm->bits, b->undone, pace) < 0)
         bitmap_mark(bm->bits, 0, UINT64_MAX, graph_retired(b->graph));
 }
 
 /* After an abort with mode always the bits that fold back hold `undone`, too, rounded to the copy's
  * granules: more than there was, never less. */
-static void backup_fold_back(struct job *j)
+static co_fn void backup_fold_back(struct job *j, struct bitmap_pace *pace)
 {
     struct backup *b = (struct backup *)j;
     if (!b->was.bits)
         return;
     dirty_bitmap_freeze_again(b->opts.bitmap, &b->was);
-    dirty_bitmap_reclaim(b->opts.bitmap);
+    dirty_bitmap_reclaim(b->opts.bitmap, pace);
 }
 
 static unsigned backup_names(struct job *j, struct store_name *names)

@@ -3,6 +3,7 @@
 #pragma once
 #include "job/job.h"
 
+struct bitmap_pace;
 struct dirty_bitmap;
 
 enum backup_sync { BACKUP_TOP, BACKUP_FULL, BACKUP_NONE, BACKUP_INCREMENTAL, BACKUP_BITMAP };
@@ -23,9 +24,9 @@ struct backup_options {
 
 /* In prepare of a transaction, source and target quiesced: checks what concerns both, freezes the
  * bitmap, puts the copy-before-write hook in place. The job is created and silent. On failure
- * nothing is left. */
-co_fn int backup_new(struct jobs *js, const struct backup_options *o, struct job **out,
-                     struct tide_error *err);
+ * nothing is left. The bitmap is copied at that pace. */
+co_fn int backup_new(struct jobs *js, const struct backup_options *o, struct bitmap_pace *pace,
+                     struct job **out, struct tide_error *err);
 /* Undo of backup_new, still quiesced: hook out, bitmap folded back. */
 void backup_unwind(struct job *j);
 /* After backup_unwind, nodes may run: frees it. */

@@ -18,6 +18,7 @@
 #include "base/mem.h"
 #include "block/node.h"
 #include "block/root.h"
+#include "block/tracker.h"
 #include "co/sync.h"
 #include "event/event.h"
 
@@ -319,12 +320,13 @@ static co_fn int record_end(struct job_group *g, struct tide_error *err)
 }
 
 /* Nothing was recorded, so nothing of it may stay. */
-static void fold_back(struct job_group *g, const struct tide_error *why)
+static co_fn void fold_back(struct job_group *g, struct bitmap_pace *pace,
+                            const struct tide_error *why)
 {
     struct job *j;
     TAILQ_FOREACH_REVERSE(j, &g->members, job_list_head, in_group)
     {
-        j->ops->fold_back(j);
+        j->ops->fold_back(j, pace);
         if (j->ret < 0)
             continue;
         j->ret = why->code;
@@ -339,19 +341,21 @@ static co_fn void decide(struct job_group *g)
     struct tide_error err;
     struct job *j;
     bool ok = !group_failed(g); /* from here on a cancel comes too late */
+    struct io_turns turns = {graph_io(g->jobs->graph)};
+    struct bitmap_pace pace = {.rest = io_turns_step, .arg = &turns};
     g->decided = true;
     if (!ok)
         cancel_rest(g);
     TAILQ_FOREACH_REVERSE(j, &g->members, job_list_head, in_group)
     {
         if (ok)
-            j->ops->commit(j);
+            j->ops->commit(j, &pace);
         else
-            j->ops->abort(j);
+            j->ops->abort(j, &pace);
     }
     if (record_end(g, &err) < 0) {
         log_warn("job", "end of job '%s': %s", TAILQ_FIRST(&g->members)->id, err.msg);
-        fold_back(g, &err);
+        fold_back(g, &pace, &err);
     }
 }
 

@@ -23,6 +23,7 @@
 #include "io/io.h"
 #include "store/store.h"
 
+struct bitmap_pace;
 struct event_bus;
 struct graph;
 struct job;
@@ -62,13 +63,13 @@ struct job_ops {
     /* pause, resume, cancel or speed changed: wake the workers. */
     void (*kick)(struct job *j);
     /* The end: sources are quiesced for writes. Exactly one of the two; neither can fail or needs
-     * memory. The record follows. */
-    void (*commit)(struct job *j);
-    void (*abort)(struct job *j);
+     * memory. The record follows. Work on bitmaps goes at that pace. */
+    co_fn void (*commit)(struct job *j, struct bitmap_pace *pace);
+    co_fn void (*abort)(struct job *j, struct bitmap_pace *pace);
     /* The record was refused: after commit or abort, what they made of bitmaps becomes what it is
      * after a job that failed. Neither fails nor needs memory, nor any record to be right: it is
      * what becomes of a job that the daemon did not live to end. */
-    void (*fold_back)(struct job *j);
+    co_fn void (*fold_back)(struct job *j, struct bitmap_pace *pace);
     /* What the end changes besides the job: adds at most JOB_NAMES to `names`, returns how many. */
     unsigned (*names)(struct job *j, struct store_name *names);
     /* After the end, nodes released: free everything but the job itself. */

@@ -177,12 +177,14 @@ static int make_options(struct txn *t, const struct q_blockdev_backup *args,
     return take_sync(args, o);
 }
 
-static void describe(struct txn *t, const struct q_blockdev_backup *args,
-                     const struct backup_options *o, const char *target)
+static co_fn void describe(struct txn *t, const struct q_blockdev_backup *args,
+                           const struct backup_options *o, const char *target)
 {
+    if (!txn_is_dry(t))
+        return; /* the bits need not be counted */
     if (o->bitmap)
         txn_sees(t, "bitmap '%s' on node '%s' with %llu dirty bytes", shown_name(args->bitmap).text,
-                 args->device, dirty_bitmap_bytes(o->bitmap));
+                 args->device, dirty_bitmap_bytes(o->bitmap, txn_pace(t)));
     else
         txn_sees(t, "node '%s' of %llu bytes", args->device,
                  (unsigned long long)node_size(o->source));
@@ -191,13 +193,14 @@ static void describe(struct txn *t, const struct q_blockdev_backup *args,
 }
 
 /* With the record that was reserved for it. */
-static int start_backup(struct txn *t, const struct q_blockdev_backup *args,
-                        struct backup_options *o, struct backup_rec *rec, struct tide_error *err)
+static co_fn int start_backup(struct txn *t, const struct q_blockdev_backup *args,
+                              struct backup_options *o, struct backup_rec *rec,
+                              struct tide_error *err)
 {
     struct job *j;
     int r = make_options(t, args, o, err);
     if (r == 0)
-        r = backup_new(txn_jobs(t), o, &j, err);
+        r = backup_new(txn_jobs(t), o, txn_pace(t), &j, err);
     if (r < 0)
         return r;
     rec->job = j;
@@ -205,7 +208,7 @@ static int start_backup(struct txn *t, const struct q_blockdev_backup *args,
     return 0;
 }
 
-static int backup_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int backup_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_blockdev_backup *args = a->args;
     struct backup_options o = {0};

@@ -3,8 +3,8 @@
  * and the names of 2018, x-block-dirty-bitmap-*, which do the same with other words.
  *
  * Clear swaps the contents for empty ones; the old ones are the undo record. Merge exchanges the
- * pages that change; the record of it is a log of them. Flags remember the old flag. Nothing here
- * yields. */
+ * pages that change; the record of it is a log of them. Flags remember the old flag. What
+ * goes through the pages of bitmaps may yield (txn_pace). */
 #include <assert.h>
 #include <errno.h>
 
@@ -25,11 +25,11 @@ static int find(struct txn *t, const char *node, const char *name, unsigned need
 
 /* ------------------------------------------------------------------ what a dry run tells */
 
-static void sees(struct txn *t, const struct dirty_bitmap *b)
+static co_fn void sees(struct txn *t, const struct dirty_bitmap *b)
 {
     if (txn_is_dry(t))
         txn_sees(t, "bitmap '%s' on node '%s': %llu dirty bytes, granularity %llu, %s",
-                 shown_name(b->name).text, node_name(b->node), dirty_bitmap_bytes(b),
+                 shown_name(b->name).text, node_name(b->node), dirty_bitmap_bytes(b, txn_pace(t)),
                  1ull << bitmap_shift(b->bits), b->enabled ? "recording" : "not recording");
 }
 
@@ -80,7 +80,7 @@ static void contents_discard(void *p)
     graph_bitmap_free_later(rec->graph, rec->old);
 }
 
-static void merge_unwind(void *p)
+static co_fn void merge_unwind(void *p)
 {
     struct bitmap_rec *rec = p;
     bitmap_undo_unwind(rec->merged);
@@ -167,7 +167,7 @@ static int add_prepare(struct txn *t, const struct action *a, struct tide_error 
 /* ------------------------------------------------------------------ one bitmap, no other argument
  */
 
-static int remove_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int remove_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_remove *args = a->args;
     struct dirty_bitmap *b;
@@ -186,7 +186,7 @@ static int remove_prepare(struct txn *t, const struct action *a, struct tide_err
     return 0;
 }
 
-static int clear_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int clear_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_clear *args = a->args;
     struct dirty_bitmap *b;
@@ -212,8 +212,8 @@ static int clear_prepare(struct txn *t, const struct action *a, struct tide_erro
     return 0;
 }
 
-static int set_enabled(struct txn *t, const char *node, const char *name, bool on,
-                       struct tide_error *err)
+static co_fn int set_enabled(struct txn *t, const char *node, const char *name, bool on,
+                             struct tide_error *err)
 {
     struct dirty_bitmap *b;
     int r = find(t, node, name, BITMAP_NOT_BUSY | BITMAP_CONSISTENT, &b, err);
@@ -234,25 +234,25 @@ static int set_enabled(struct txn *t, const char *node, const char *name, bool o
     return 0;
 }
 
-static int enable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int enable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_enable *args = a->args;
     return set_enabled(t, args->node, args->name, true, err);
 }
 
-static int disable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int disable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_disable *args = a->args;
     return set_enabled(t, args->node, args->name, false, err);
 }
 
-static int x_enable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int x_enable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_x_block_dirty_bitmap_enable *args = a->args;
     return set_enabled(t, args->node, args->name, true, err);
 }
 
-static int x_disable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int x_disable_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_x_block_dirty_bitmap_disable *args = a->args;
     return set_enabled(t, args->node, args->name, false, err);
@@ -289,9 +289,9 @@ static int check_source(struct txn *t, struct dirty_bitmap *target, const struct
 }
 
 /* All sources are checked before the first bit is merged. */
-static int merge(struct txn *t, const char *node, const char *name,
-                 struct source (*at)(const void *args, size_t i), const void *args, size_t n,
-                 struct tide_error *err)
+static co_fn int merge(struct txn *t, const char *node, const char *name,
+                       struct source (*at)(const void *args, size_t i), const void *args, size_t n,
+                       struct tide_error *err)
 {
     struct dirty_bitmap *target, *source;
     int r =
@@ -306,7 +306,7 @@ static int merge(struct txn *t, const char *node, const char *name,
     if (!rec)
         return -ENOMEM;
     sees(t, target);
-    r = bitmap_undo_new(graph_bitmap_pool(txn_graph(t)), &rec->merged);
+    r = bitmap_undo_new(graph_bitmap_pool(txn_graph(t)), txn_pace(t), &rec->merged);
     for (size_t i = 0; r == 0 && i < n; i++) {
         struct source s = at(args, i);
         struct tide_error ignored;
@@ -322,7 +322,7 @@ static int merge(struct txn *t, const char *node, const char *name,
                          shown_name(name).text, node);
     }
     if (txn_is_dry(t))
-        txn_does(t, "%llu dirty bytes", dirty_bitmap_bytes(target));
+        txn_does(t, "%llu dirty bytes", dirty_bitmap_bytes(target, txn_pace(t)));
     txn_arm(t, rec);
     return 0;
 }
@@ -332,7 +332,7 @@ static struct source merge_source(const void *args, size_t i)
     return source_at(args, i);
 }
 
-static int merge_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int merge_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_merge *args = a->args;
     return merge(t, args->node, args->target, merge_source, args, args->n_bitmaps, err);
@@ -344,7 +344,7 @@ static struct source x_merge_source(const void *p, size_t i)
     return (struct source){args->node, args->src_name};
 }
 
-static int x_merge_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int x_merge_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_x_block_dirty_bitmap_merge *args = a->args;
     return merge(t, args->node, args->dst_name, x_merge_source, args, 1, err);
@@ -352,7 +352,7 @@ static int x_merge_prepare(struct txn *t, const struct action *a, struct tide_er
 
 /* ------------------------------------------------------------------ rename */
 
-static int rename_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int rename_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_rename *args = a->args;
     struct dirty_bitmap *b;
@@ -389,15 +389,15 @@ static struct source copy_source(const void *p, size_t i)
 }
 
 /* A bitmap that nobody can see yet, with the contents of all sources. */
-static int fill_copy(struct txn *t, const struct q_block_dirty_bitmap_copy *args,
-                     struct dirty_bitmap *b, struct tide_error *err)
+static co_fn int fill_copy(struct txn *t, const struct q_block_dirty_bitmap_copy *args,
+                           struct dirty_bitmap *b, struct tide_error *err)
 {
     int r = 0;
     for (size_t i = 0; r == 0 && i < args->n_bitmaps; i++) {
         struct source s = copy_source(args, i);
         struct dirty_bitmap *source;
         r = check_source(t, b, &s, &source, err);
-        if (r == 0 && bitmap_merge(b->bits, source->bits) < 0)
+        if (r == 0 && bitmap_merge(b->bits, source->bits, txn_pace(t)) < 0)
             r = tide_fail(err, -ENOMEM, "no memory to copy into bitmap '%s' on node '%s'",
                           shown_name(args->name).text, args->node);
     }
@@ -422,7 +422,7 @@ static int copy_granularity(struct txn *t, const struct q_block_dirty_bitmap_cop
     return r;
 }
 
-static int copy_prepare(struct txn *t, const struct action *a, struct tide_error *err)
+static co_fn int copy_prepare(struct txn *t, const struct action *a, struct tide_error *err)
 {
     const struct q_block_dirty_bitmap_copy *args = a->args;
     struct dirty_bitmap *b = NULL;
@@ -454,7 +454,7 @@ static int copy_prepare(struct txn *t, const struct action *a, struct tide_error
     rec->b = b;
     if (txn_is_dry(t))
         txn_does(t, "bitmap '%s' on node '%s', %llu dirty bytes, granularity %llu, %s",
-                 shown_name(args->name).text, args->node, dirty_bitmap_bytes(b),
+                 shown_name(args->name).text, args->node, dirty_bitmap_bytes(b, txn_pace(t)),
                  1ull << bitmap_shift(b->bits), b->enabled ? "recording" : "not recording");
     txn_arm(t, rec);
     return 0;

@@ -50,8 +50,9 @@ struct txn {
     struct tide_error stage_err;
     struct action_report *report;
     struct txn_result *res;
-    struct io_turns
-        turns; /* a long list is long work: disks that it does not name go on meanwhile */
+    /* A long list is long work: disks that it does not name go on meanwhile. */
+    struct io_turns turns;
+    struct bitmap_pace pace; /* has the same turns */
 };
 
 /* ------------------------------------------------------------------ for actions */
@@ -116,6 +117,11 @@ struct jobs *txn_jobs(struct txn *t)
 struct exports *txn_exports(struct txn *t)
 {
     return t->env->exports;
+}
+
+struct bitmap_pace *txn_pace(struct txn *t)
+{
+    return &t->pace;
 }
 
 bool txn_is_dry(const struct txn *t)
@@ -576,7 +582,8 @@ int txn_run(const struct txn_env *env, const struct action *actions, size_t n,
                     .actions = actions,
                     .n = n,
                     .stage_failed = -1,
-                    .turns = {env->io}};
+                    .turns = {env->io},
+                    .pace = {.rest = io_turns_step, .arg = &t.turns}};
     struct history_entry *h = history_begin(env->history, env->io, actions, n, props);
     TAILQ_INIT(&t.armed);
     TAILQ_INIT(&t.undone);

@@ -18,6 +18,7 @@
 #include "store/store.h"
 
 struct action_entry;
+struct bitmap_pace;
 struct exports;
 struct graph;
 struct io;
@@ -83,6 +84,8 @@ struct job_group *txn_job_group(struct txn *t);          /* NULL unless completi
 struct graph *txn_graph(struct txn *t);
 struct jobs *txn_jobs(struct txn *t);
 struct exports *txn_exports(struct txn *t);
+/* For work on large bitmaps, in prepare and unwind, which then yields: others have their turn. */
+struct bitmap_pace *txn_pace(struct txn *t);
 /* A dry run: traces outside memory (files) are checked for, not made. An action that stops short of
  * its effect for that reason says so. */
 bool txn_is_dry(const struct txn *t);
