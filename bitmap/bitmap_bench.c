@@ -17,7 +17,7 @@
 static double now(void)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); /* others use the machine, too */
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
@@ -92,23 +92,45 @@ static void bench_mark(void)
            miss * 1e9, hit * 1e9, seq * 1e9);
 }
 
-static double memcpy_time(size_t len)
+struct copy {
+    char *from, *to;
+    size_t len;
+};
+
+static struct copy copy_new(size_t len)
 {
-    char *a = mem_alloc(len), *b = mem_alloc(len);
-    if (!a || !b)
+    struct copy c = {mem_alloc(len), mem_alloc(len), len};
+    if (!c.from || !c.to)
         must(-1);
-    memset(a, 1, len);
-    memset(b, 2, len);
-    double best = 1e9;
-    for (unsigned k = 0; k < 3 * ROUNDS; k++) {
-        double t = now();
-        memcpy(a, b, len);
-        __asm__ volatile("" ::: "memory");
-        best = MIN(best, now() - t);
-    }
-    mem_free(a);
-    mem_free(b);
-    return best;
+    memset(c.from, 1, len);
+    memset(c.to, 2, len);
+    return c;
+}
+
+static double copy_time(struct copy *c)
+{
+    double t = now();
+    memcpy(c->to, c->from, c->len);
+    __asm__ volatile("" ::: "memory");
+    return now() - t;
+}
+
+static void copy_free(struct copy *c)
+{
+    mem_free(c->from);
+    mem_free(c->to);
+}
+
+static int compare_doubles(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double median(double *v, unsigned n)
+{
+    qsort(v, n, sizeof *v, compare_doubles);
+    return v[n / 2];
 }
 
 /* Even blocks but for one in each page, so that a merge of the odd ones makes no page full. */
@@ -122,42 +144,65 @@ static struct bitmap *make_target(uint64_t size)
     return b;
 }
 
-/* Merge into a live bitmap in place, and as a transaction does: all pages of the result are new
- * memory, the log is unwound, and what was made is freed. The first round gets its memory from the
- * kernel, later ones from the pool. Both read two bytes and write one for each of the result, where
- * memcpy reads one: the second percentage compares with as many bytes moved by memcpy. */
+struct merge_times {
+    double merge, unwind, gone;
+};
+
+/* As a transaction does: all pages of the result are new memory, the log is unwound, and what was
+ * made is freed. */
+static struct merge_times merge_undoable(struct bitmap *dst, struct bitmap *src,
+                                         struct bitmap_pool *pool)
+{
+    struct bitmap_undo *u;
+    must(bitmap_undo_new(pool, NULL, &u));
+    double t0 = now();
+    must(bitmap_merge_undoable(dst, src, u));
+    double t1 = now();
+    bitmap_undo_unwind(u);
+    double t2 = now();
+    bitmap_undo_free_some(u, &(unsigned){UINT_MAX});
+    return (struct merge_times){t1 - t0, t2 - t1, now() - t2};
+}
+
+#define PAIRS (6 * ROUNDS)
+
+/* Each round measures memcpy of as many bytes as the result has and a merge, one right after the
+ * other, and the percentage is the median of those of the rounds: what others do to the caches
+ * comes and goes with both. The first merge gets its memory from the kernel, later ones from the
+ * pool. A merge reads two bytes and writes one for each of the result, where memcpy reads one: the
+ * second percentage compares with as many bytes moved by memcpy. */
 static void bench_merge(uint64_t size)
 {
-    size_t flat = size >> 19;
-    double copy = memcpy_time(flat), in_place = 1e9, cold = 0, warm = 1e9, unwind = 1e9, gone = 1e9;
+    struct copy copy = copy_new(size >> 19);
     struct bitmap *src = make_dense(size, 1), *dst = make_target(size);
     struct bitmap_pool *pool;
+    static double ratio[PAIRS], in_place[PAIRS];
     must(bitmap_pool_new(&pool));
-    for (unsigned k = 0; k < 3 * ROUNDS; k++) {
-        struct bitmap_undo *u;
-        must(bitmap_undo_new(pool, NULL, &u));
-        double t0 = now();
-        must(bitmap_merge_undoable(dst, src, u));
-        double t1 = now();
-        bitmap_undo_unwind(u);
-        double t2 = now();
-        bitmap_undo_free_some(u, &(unsigned){UINT_MAX});
-        gone = MIN(gone, now() - t2);
-        unwind = MIN(unwind, t2 - t1);
-        warm = MIN(warm, t1 - t0);
-        cold = k ? cold : t1 - t0;
+    struct merge_times first = merge_undoable(dst, src, pool), best = first;
+    double best_copy = 1e9, best_in_place = 1e9;
+    for (unsigned k = 0; k < PAIRS; k++) {
+        double c = copy_time(&copy);
+        struct merge_times t = merge_undoable(dst, src, pool);
+        ratio[k] = c / t.merge * 100;
+        best.merge = MIN(best.merge, t.merge);
+        best.unwind = MIN(best.unwind, t.unwind);
+        best.gone = MIN(best.gone, t.gone);
+        best_copy = MIN(best_copy, c);
     }
-    for (unsigned k = 0; k < 3 * ROUNDS; k++) {
-        double t0 = now();
+    for (unsigned k = 0; k < PAIRS; k++) {
+        double c = copy_time(&copy), t0 = now();
         must(bitmap_merge(dst, src, NULL));
-        in_place = MIN(in_place, now() - t0);
+        double t = now() - t0;
+        in_place[k] = c / t * 100;
+        best_in_place = MIN(best_in_place, t);
     }
-    printf("dense, %zu MiB flat: memcpy %.3f ms (%.1f GB/s); merge in place %.3f ms (%.0f %%, %.0f "
-           "%%); undoable, new memory %.3f ms, used memory %.3f ms (%.0f %%, %.0f %%), unwound in "
+    double r = median(ratio, PAIRS), p = median(in_place, PAIRS);
+    printf("dense, %zu MiB flat: memcpy %.3f ms; merge in place %.3f ms (%.0f %%, %.0f %%); "
+           "undoable %.3f ms (%.0f %%, %.0f %%), into memory from the kernel %.3f ms; unwound in "
            "%.3f ms, freed in %.3f ms\n",
-           flat >> 20, copy * 1e3, (double)flat / copy / 1e9, in_place * 1e3, copy / in_place * 100,
-           copy / in_place * 150, cold * 1e3, warm * 1e3, copy / warm * 100, copy / warm * 150,
-           unwind * 1e3, gone * 1e3);
+           copy.len >> 20, best_copy * 1e3, best_in_place * 1e3, p, p * 1.5, best.merge * 1e3, r,
+           r * 1.5, first.merge * 1e3, best.unwind * 1e3, best.gone * 1e3);
+    copy_free(&copy);
     bitmap_free(src);
     bitmap_free(dst);
     bitmap_pool_free(pool);

@@ -19,9 +19,11 @@
 struct slab {
     struct bitmap_pool *pool;
     LIST_ENTRY(slab) link; /* while not full: of with_room or empty */
-    struct page *free;     /* by their first words */
-    unsigned n_used;
+    unsigned n_used, n_free;
     unsigned n_touched; /* pages from here on have never been used */
+    /* Those that were used and are free. A list through the pages themselves would have to read
+     * from memory that has left the caches, a wait for each page. */
+    uint16_t free[MEM_HUGE / sizeof(struct page)];
     alignas(64) struct page page[];
 };
 
@@ -80,15 +82,10 @@ static struct slab *slab_find(struct bitmap_pool *p)
         mem_poison(s->page, SLAB_PAGES * sizeof s->page[0]);
         p->n_slabs++;
     }
-    s->free = NULL;
+    s->n_free = 0;
     s->n_touched = 0;
     LIST_INSERT_HEAD(&p->with_room, s, link);
     return s;
-}
-
-static struct page **next_free(struct page *pg)
-{
-    return (struct page **)(void *)pg->word;
 }
 
 struct page *pool_get(struct bitmap_pool *p)
@@ -96,10 +93,8 @@ struct page *pool_get(struct bitmap_pool *p)
     struct slab *s = slab_find(p);
     if (!s)
         return NULL;
-    struct page *pg = s->free ? s->free : &s->page[s->n_touched++];
+    struct page *pg = &s->page[s->n_free ? s->free[--s->n_free] : s->n_touched++];
     mem_unpoison(pg, sizeof *pg);
-    if (pg == s->free)
-        s->free = *next_free(pg);
     if (++s->n_used == SLAB_PAGES)
         LIST_REMOVE(s, link);
     page_init(pg, true);
@@ -110,8 +105,7 @@ void pool_put(struct page *pg)
 {
     struct slab *s = mem_huge_of(pg);
     struct bitmap_pool *p = s->pool;
-    *next_free(pg) = s->free;
-    s->free = pg;
+    s->free[s->n_free++] = (uint16_t)(pg - s->page);
     mem_poison(pg, sizeof *pg);
     if (s->n_used-- == SLAB_PAGES)
         LIST_INSERT_HEAD(&p->with_room, s, link);
