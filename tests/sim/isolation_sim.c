@@ -302,6 +302,118 @@ static void iso_finish(struct world *w)
     (void)w;
 }
 
+/* ------------------------------------------------------------------ turns of others */
+
+/* Lists that go through thousands of pages let others of the control loop in: between any two of
+ * them in the worst case, which is what this looks at; the daemon looks at the clock. */
+#define BIG (UINT64_C(16) << 40)
+#define PAGES (BIG >> 31) /* at 64 KiB */
+
+struct turns {
+    struct local a;
+    unsigned n; /* of somebody else */
+    bool stop;
+    struct co_group gone;
+};
+
+static void others_main(void *arg)
+{
+    struct turns *s = arg;
+    for (; !s->stop; s->n++)
+        loop_pause();
+    co_group_done(&s->gone);
+}
+
+static co_fn void add_big(struct turns *s, const char *node)
+{
+    CHECK(!local_command(&s->a, "blockdev-add",
+                         json_pack("{s:s,s:s,s:I,s:b}", "driver", "null-co", "node-name", node,
+                                   "size", (json_int_t)BIG, "read-zeroes", 1)));
+}
+
+/* One block of every page at 64 KiB is dirty. */
+static co_fn void add_dense(struct turns *s, const char *name, unsigned granularity, uint64_t first)
+{
+    struct bitmap_retired none = {0};
+    struct dirty_bitmap *b;
+    struct tide_error err;
+    CHECK(!local_command(
+        &s->a, "block-dirty-bitmap-add",
+        json_pack("{s:s,s:s,s:i}", "node", "big", "name", name, "granularity", (int)granularity)));
+    CHECK(dirty_bitmap_find(graph_find(s->a.inst->graph, "big"), name, 0, &b, &err) == 0);
+    for (uint64_t off = first; off < BIG; off += BIG / PAGES)
+        bitmap_mark(b->bits, off, 1, &none);
+    bitmap_retired_free(&none);
+}
+
+/* How many turns others have while the list happens, or is undone. */
+static co_fn unsigned turns_of(struct turns *s, const char *list)
+{
+    json_t *actions = json_loads(list, 0, NULL);
+    CHECK(actions);
+    bool aborts = strstr(list, "abort");
+    unsigned before = s->n;
+    struct local_outcome o = local_run(&s->a, actions, &(struct local_props){0});
+    CHECK_SAY((o.code < 0) == aborts, "%s", o.text);
+    json_decref(actions);
+    return s->n - before;
+}
+
+#define MERGE(from)                                                                                \
+    "{\"type\":\"block-dirty-bitmap-merge\","                                                      \
+    "\"data\":{\"node\":\"big\",\"target\":\"a\",\"bitmaps\":[\"" from "\"]}}"
+#define ABORT ",{\"type\":\"abort\",\"data\":{}}"
+
+static const struct long_list {
+    const char *list;
+    uint64_t least; /* turns: a page that is made is one, 32 that are looked at are one */
+} long_lists[] = {
+    {"[" MERGE("b") "]", PAGES},
+    {"[" MERGE("c") ABORT "]", PAGES + PAGES / 32},
+    {"[" MERGE("coarse") ABORT "]", PAGES + PAGES / 32},
+    {"[" MERGE("fine") ABORT "]", 2 * PAGES + PAGES / 32},
+    {"[{\"type\":\"block-dirty-bitmap-copy\",\"data\":{\"node\":\"big\",\"name\":\"copy\","
+     "\"bitmaps\":[\"a\",\"fine\"]}}]",
+     2 * PAGES},
+    {"[{\"type\":\"blockdev-backup\",\"data\":{\"job-id\":\"j\",\"device\":\"big\",\"target\":"
+     "\"bigt\",\"sync\":\"incremental\",\"bitmap\":\"a\"}}" ABORT "]",
+     3 * PAGES / 32},
+};
+
+static co_fn void turns_live(struct world *w)
+{
+    struct turns *s = w->state;
+    sim_short_turns(w->io);
+    local_open(&s->a, w, w->inst, "a");
+    add_big(s, "big");
+    add_big(s, "bigt");
+    add_dense(s, "a", 65536, 0);
+    add_dense(s, "b", 65536, 65536);
+    add_dense(s, "c", 65536, 2 * 65536);
+    add_dense(s, "coarse", 131072, 4 * 65536);
+    add_dense(s, "fine", 32768, 5 * 65536);
+    co_group_add(&s->gone, 1);
+    CHECK(loop_spawn(io_loop(w->io, 0), others_main, s) == 0);
+    for (unsigned i = 0; i < sizeof long_lists / sizeof *long_lists; i++) {
+        unsigned n = turns_of(s, long_lists[i].list);
+        CHECK_SAY(n >= long_lists[i].least, "%u turns of others in %s", n, long_lists[i].list);
+    }
+    s->stop = true;
+    co_group_wait(&s->gone);
+    local_reset(&s->a);
+    local_close(&s->a);
+}
+
+static const struct scenario turns = {
+    .name = "turns",
+    .state_size = sizeof(struct turns),
+    .n_seeds = 4,
+    .weight = 100,
+    .prepare = iso_prepare,
+    .live = turns_live,
+    .finish = iso_finish,
+};
+
 static const struct scenario isolation = {
     .name = "isolation",
     .state_size = sizeof(struct iso),
@@ -313,6 +425,6 @@ static const struct scenario isolation = {
 
 int main(void)
 {
-    const struct scenario *all[] = {&isolation};
-    return scenario_main(all, 1);
+    const struct scenario *all[] = {&isolation, &turns};
+    return scenario_main(all, 2);
 }
