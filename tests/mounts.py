@@ -43,6 +43,25 @@ def loop_device(image, sector=512):
 
 
 @contextlib.contextmanager
+def partitions(device, n, size):
+    """The paths of n partitions of `size` bytes, made without a table."""
+    need_root('addpart', 'delpart')
+    made = []
+    try:
+        for i in range(n):
+            r = run('addpart', device, str(i + 1), str(i * size // 512), str(size // 512))
+            if r.returncode:
+                pytest.skip(f'no partitions of {device} here: {r.stderr.strip()}')
+            made.append(f'{device}p{i + 1}')
+        if not all(map(os.path.exists, made)):
+            pytest.skip(f'partitions of {device} have no nodes here')
+        yield made
+    finally:
+        for i in range(len(made)):
+            run('delpart', device, str(i + 1))
+
+
+@contextlib.contextmanager
 def mounted(kind, source, directory, options='defaults'):
     r = run('mount', '-t', kind, '-o', options, source, directory)
     if r.returncode:

@@ -14,7 +14,7 @@ import pytest
 
 from backup_tools import until
 from harness import DEADLINE, Daemon, KiB, MiB, QmpError
-from mounts import loop_device, mounted, need_root, run
+from mounts import loop_device, mounted, need_root, partitions, run
 from stalled import Stalled
 
 PATIENCE = DEADLINE / 2  # then the disk goes on
@@ -390,3 +390,32 @@ def test_long_requests_count_as_what_the_device_makes_of_them(tmp_path):
                 h.shutdown()
             assert done == [0] * 60
             fast.shutdown()
+
+
+def test_partitions_share_the_queue_of_their_device(tmp_path):
+    """Half of it for each of three would be more than there is."""
+    with Stalled(str(tmp_path), size=32 * MiB) as disk, loop_device(disk.path) as device, \
+            partitions(device, 3, 8 * MiB) as parts, Daemon(['--loops', '1']) as d:
+        d.add_file('fast', 16 * MiB, discard='unmap')
+        d.export('fast')
+        queue = '/sys/block/' + os.path.basename(device)
+        fast, slow, done = connect(d, 'fast'), [], []
+        for i, part in enumerate(parts):
+            d.cmd('blockdev-add', {'driver': 'host_device', 'node-name': f'p{i}', 'filename': part,
+                                   'cache': {'direct': True}})
+            d.export(f'p{i}')
+            slow.append(connect(d, f'p{i}'))
+        with Hanging(disk):
+            for i in range(3 * 100):
+                start(slow[i % 3], 'read', i // 3, done)
+            for h in slow:
+                push_out(h)
+            assert worst_latency(fast) < BOUND
+            with open(f'{queue}/inflight') as inflight, open(f'{queue}/queue/nr_requests') as depth:
+                assert 0 < int(inflight.read().split()[0]) <= int(depth.read()) / 2
+        for h in slow:
+            while h.aio_in_flight():
+                h.poll(1000)
+            h.shutdown()
+        assert done == [0] * 300
+        fast.shutdown()
