@@ -396,11 +396,9 @@ static void step(struct world *w)
 #ifdef __SANITIZE_THREAD__
 #define N_STEPS 50u
 #define N_LISTS 2u
-#define ALLOCATION_STEP 5u /* of the allocations that fail */
 #else
 #define N_STEPS 250u
 #define N_LISTS 10u
-#define ALLOCATION_STEP 1u
 #endif
 
 static void random_against_model(void **state)
