@@ -246,34 +246,55 @@ static bool place_in(const struct node *from, const struct node *below, uint64_t
     return true;
 }
 
-/* Two nodes stand on `below`: do they show the same bytes of it? Two partitions do not. */
-static bool overlap_in(const struct node *a, const struct node *b, const struct node *below)
+/* `a` stands on `a_below` and `b` on `b_below`, which is the same node or one over the same file:
+ * do they show the same bytes of it? Two partitions do not. */
+static bool overlap(const struct node *a, const struct node *a_below, const struct node *b,
+                    const struct node *b_below)
 {
     uint64_t a_off, b_off;
-    if (!place_in(a, below, &a_off) || !place_in(b, below, &b_off))
+    if (!place_in(a, a_below, &a_off) || !place_in(b, b_below, &b_off))
         return true;
     return a_off < b_off + b->size && b_off < a_off + a->size;
 }
 
-/* Writes through one root must not slip past a tracker or a job further up: not those to its node
- * and not those that arrive, through `writer`, at a node `below` that stands under others too. */
-static const struct node *watched_above(const struct node *writer, const struct node *below,
-                                        const struct node *n)
+static bool same_file(const struct node *a, const struct node *b)
 {
-    for (unsigned i = 0; i < n->n_parents; i++) {
-        const struct node *p = n->parents[i];
-        if ((p->bitmaps || p->hooks) && !node_reaches(writer, p) && overlap_in(writer, p, below))
-            return p;
-        p = watched_above(writer, below, p);
+    uint64_t a_dev, a_ino, b_dev, b_ino;
+    return node_file(a, &a_dev, &a_ino) && node_file(b, &b_dev, &b_ino) && a_dev == b_dev &&
+           a_ino == b_ino;
+}
+
+/* Writes that arrive, through `writer`, at a node `own` must not slip past a tracker or a job: not
+ * past one at or above `n`, which stands on `below`. */
+static const struct node *watched_at(const struct node *writer, const struct node *own,
+                                     const struct node *n, const struct node *below)
+{
+    const struct node *p = NULL;
+    if ((n->bitmaps || n->hooks) && !node_reaches(writer, n) && overlap(writer, own, n, below))
+        return n;
+    for (unsigned i = 0; i < n->n_parents && !p; i++)
+        p = watched_at(writer, own, n->parents[i], below);
+    return p;
+}
+
+/* Nor past one that stands on the same file through another node. */
+static const struct node *watched_in_file(const struct node *writer, const struct node *own)
+{
+    const struct node *other, *p = NULL;
+    TAILQ_FOREACH (other, &own->graph->nodes, link) {
+        if (other != own && same_file(own, other))
+            p = watched_at(writer, own, other, other);
         if (p)
-            return p;
+            break;
     }
-    return NULL;
+    return p;
 }
 
 static const struct node *watched_beside(const struct node *writer, const struct node *n)
 {
-    const struct node *p = watched_above(writer, n, n);
+    const struct node *p = watched_at(writer, n, n, n);
+    if (!p)
+        p = watched_in_file(writer, n);
     for (unsigned i = 0; i < n->n_children && !p; i++)
         p = watched_beside(writer, n->child[i]);
     return p;
@@ -377,7 +398,7 @@ int root_check(struct node *n, unsigned perm, const char *what, struct tide_erro
  */
 static bool share_below(const struct node *a, const struct node *x, const struct node *b)
 {
-    if (node_reaches(b, x) && overlap_in(a, b, x))
+    if (node_reaches(b, x) && overlap(a, x, b, x))
         return true;
     for (unsigned i = 0; i < x->n_children; i++) {
         if (share_below(a, x->child[i], b))
@@ -392,13 +413,27 @@ static bool share_a_node(const struct node *a, const struct node *b)
     return share_below(a, a, b);
 }
 
+/* Is there a file under `a`, at `x` or below, that is under `b` too, through another node at `y` or
+ * below? */
+static bool share_a_file(const struct node *a, const struct node *x, const struct node *b,
+                         const struct node *y)
+{
+    bool share = x != y && same_file(x, y) && overlap(a, x, b, y);
+    for (unsigned i = 0; i < y->n_children && !share; i++)
+        share = share_a_file(a, x, b, y->child[i]);
+    for (unsigned i = 0; i < x->n_children && !share && y == b; i++)
+        share = share_a_file(a, x->child[i], b, b);
+    return share;
+}
+
 int node_check_watch(const struct node *n, struct tide_error *err)
 {
     struct root *r;
     TAILQ_FOREACH (r, &n->graph->roots, link) {
         for (unsigned i = 0; i < r->n_nodes && !r->aside; i++) {
-            if ((r->perm[i] & ROOT_WRITE) && !node_reaches(r->node[i], n) &&
-                share_a_node(r->node[i], n))
+            const struct node *w = r->node[i];
+            if ((r->perm[i] & ROOT_WRITE) && !node_reaches(w, n) &&
+                (share_a_node(w, n) || share_a_file(w, w, n, n)))
                 return tide_fail(err, -EPERM,
                                  "node '%s' cannot be tracked: %s writes to node '%s', past it",
                                  n->name, r->what, r->node[i]->name);

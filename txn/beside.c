@@ -18,18 +18,19 @@ struct site {
     unsigned newest[DISK_HOWS][ENDINGS]; /* use */
     unsigned next[DISK_HOWS][ENDINGS];   /* place with such uses over the same bottom */
     unsigned first[DISK_HOWS][ENDINGS];  /* of a bottom: the first of them */
-    /* Of a bottom that is written to: others over a file of that hash, over any file, all. */
+    /* Of a bottom that is written to or tracked: others over a file of that hash, over any file,
+     * all. */
     bool is_listed;
-    unsigned next_in_file, next_any, next_written;
+    unsigned next_in_file, next_any, next_listed;
 };
 
 struct beside {
     const struct footprint *f;
     size_t next;
     struct site *site;
-    struct place **place;            /* by number */
-    unsigned (*older)[DISK_HOWS];    /* of a use: the one of its place before it */
-    unsigned *by_file, any, written; /* places */
+    struct place **place;           /* by number */
+    unsigned (*older)[DISK_HOWS];   /* of a use: the one of its place before it */
+    unsigned *by_file, any, listed; /* places */
     size_t mask;
 };
 
@@ -108,15 +109,15 @@ static int meet_disk(const struct search *s, unsigned how, bool past)
     return r;
 }
 
-static int meet_writers_of(const struct search *s, unsigned bottom)
+static int meet_all_of(const struct search *s, unsigned how, unsigned bottom)
 {
     int r = 0;
     if (bottom - 1 == place_bottom(s->use->place)->number)
         return 0;
     for (unsigned ends = 0; ends < ENDINGS && !(ends && s->use->ends); ends++) {
-        for (unsigned p = s->b->site[bottom - 1].first[DISK_WRITE][ends]; p && r == 0;
-             p = s->b->site[p - 1].next[DISK_WRITE][ends])
-            r = meet_place(s, p, DISK_WRITE, ends, BESIDE_FILE);
+        for (unsigned p = s->b->site[bottom - 1].first[how][ends]; p && r == 0;
+             p = s->b->site[p - 1].next[how][ends])
+            r = meet_place(s, p, how, ends, BESIDE_FILE);
     }
     return r;
 }
@@ -126,26 +127,26 @@ static unsigned *bucket(struct beside *b, const char *file)
     return &b->by_file[XXH64(file, strlen(file), 0) & b->mask];
 }
 
-/* Those who write to the file through another node at the bottom. */
-static int meet_file(const struct search *s)
+/* Those who write to the file, or track it, through another node at the bottom. */
+static int meet_file(const struct search *s, unsigned how)
 {
     struct beside *b = s->b;
     const struct place *bottom = place_bottom(s->use->place);
     unsigned p;
     int r = 0;
     if (bottom->any_file) {
-        for (p = b->written; p && r == 0; p = b->site[p - 1].next_written)
-            r = meet_writers_of(s, p);
+        for (p = b->listed; p && r == 0; p = b->site[p - 1].next_listed)
+            r = meet_all_of(s, how, p);
         return r;
     }
     if (!bottom->file)
         return 0;
     for (p = *bucket(b, bottom->file); p && r == 0; p = b->site[p - 1].next_in_file) {
         if (!strcmp(b->place[p - 1]->file, bottom->file))
-            r = meet_writers_of(s, p);
+            r = meet_all_of(s, how, p);
     }
     for (p = b->any; p && r == 0; p = b->site[p - 1].next_any)
-        r = meet_writers_of(s, p);
+        r = meet_all_of(s, how, p);
     return r;
 }
 
@@ -163,8 +164,10 @@ static int meet(const struct search *s)
         r = meet_disk(s, DISK_WRITE, false);
     if (r == 0 && how & 1u << DISK_ALONE)
         r = meet_disk(s, DISK_SOURCE, false);
+    if (r == 0 && how & (1u << DISK_WRITE | 1u << DISK_TRACK))
+        r = meet_file(s, DISK_WRITE);
     if (r == 0 && how & 1u << DISK_WRITE)
-        r = meet_file(s);
+        r = meet_file(s, DISK_TRACK);
     return r;
 }
 
@@ -174,7 +177,7 @@ static void push(unsigned *head, unsigned *next, unsigned p)
     *head = p;
 }
 
-static void list_written(struct beside *b, struct place *bottom)
+static void list_bottom(struct beside *b, struct place *bottom)
 {
     struct site *s = &b->site[bottom->number];
     unsigned p = bottom->number + 1;
@@ -182,7 +185,7 @@ static void list_written(struct beside *b, struct place *bottom)
         return;
     s->is_listed = true;
     b->place[p - 1] = bottom;
-    push(&b->written, &s->next_written, p);
+    push(&b->listed, &s->next_listed, p);
     if (bottom->any_file)
         push(&b->any, &s->next_any, p);
     else
@@ -202,8 +205,8 @@ static void remember(struct beside *b, const struct disk_use *u)
             push(&b->site[bottom->number].first[how][u->ends], &s->next[how][u->ends], number + 1);
         push(&s->newest[how][u->ends], &b->older[index][how], index + 1);
     }
-    if (u->how & 1u << DISK_WRITE)
-        list_written(b, bottom);
+    if (u->how & (1u << DISK_WRITE | 1u << DISK_TRACK))
+        list_bottom(b, bottom);
 }
 
 int beside_next(struct beside *b, beside_found *found, void *arg)

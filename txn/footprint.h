@@ -29,7 +29,8 @@ struct name_use {
 
 /* What an action does to the disk under a node: who keeps track of what is written to a node does
  * not bear others that write to the disk past it, who writes alone bears no writers, and a file is
- * written through one node at its bottom only (block/root.h, root_check). */
+ * written, or written and tracked, through one node at its bottom only (block/root.h, root_check).
+ */
 struct disk_use {
     struct place *place;
     unsigned action;

@@ -2,6 +2,7 @@
 """Dirty bitmaps by plain commands: names, granularities, what sets bits, states, merge, hashes, ranges."""
 import hashlib
 import itertools
+import os
 
 import nbd
 import pytest
@@ -293,6 +294,52 @@ def test_no_write_slips_past_a_bitmap(tide):
         tide.cmd(ADD, node=node, name='b')
     write(tide, (0, 1), name='r2')
     assert tide.ranges('right', 'b') == tide.ranges('f', 'b') == [(0, G)]
+
+
+@pytest.mark.parametrize('path', ['f.raw', 'hard', 'soft'])
+@pytest.mark.parametrize('over', [False, True], ids=['file', 'raw'])
+@pytest.mark.parametrize('locking', ['auto', 'off'])
+def test_no_write_slips_past_a_bitmap_through_another_node_of_the_file(tide, path, over, locking):
+    """The reference lets it happen, and the bitmap, or the copy of a running job, lacks what was written."""
+    tide.add_file('f', 4 * MiB, locking=locking)
+    if path != 'f.raw':
+        (os.link if path == 'hard' else os.symlink)(tide.path('f.raw'), tide.path(path))
+    tide.cmd('blockdev-add', driver='file', node_name='other', filename=tide.path(path), locking=locking)
+    for name, below in (('top', 'f'), ('beside', 'other')):
+        tide.cmd('blockdev-add', driver='raw', node_name=name, file=below)
+    tracked, written = ('top', 'beside') if over else ('f', 'other')
+    tide.cmd(ADD, node=tracked, name='b')
+    with pytest.raises(QmpError, match=f"cannot write to node '{written}': node '{tracked}' has bitmaps"):
+        tide.export(written)
+    tide.export(written, 'looks', writable=False)
+    tide.cmd('block-export-del', id='exp-looks')
+    tide.qmp.event('BLOCK_EXPORT_DELETED')
+    tide.cmd(REMOVE, node=tracked, name='b')
+    tide.add_file('target', 4 * MiB)  # a job that copies
+    tide.cmd('blockdev-backup', job_id='j', device=tracked, target='target', sync='full', speed=1)
+    with pytest.raises(QmpError, match=f"node '{tracked}' has bitmaps or a job that would miss"):
+        tide.export(written)
+    tide.cmd('job-cancel', id='j')
+    tide.qmp.job_end('j')
+    tide.export(written)  # and the other way round
+    assert refused(tide, ADD, node=tracked, name='b') == \
+        f"node '{tracked}' cannot be tracked: export 'exp-{written}' writes to node '{written}', past it"
+    assert 'past it' in refused(tide, 'blockdev-backup', job_id='j', device=tracked, target='target', sync='full')
+    tide.cmd(ADD, node=written, name='b')
+    if over:
+        tide.cmd(ADD, node='other', name='b')
+
+
+def test_partitions_of_one_file_are_told_apart_through_two_nodes_too(tide):
+    tide.add_file('f', 4 * MiB, locking='off')
+    tide.cmd('blockdev-add', driver='file', node_name='g', filename=tide.path('f.raw'), locking='off')
+    for name, below, offset in (('a', 'f', 0), ('b', 'g', MiB), ('c', 'g', MiB - 512)):
+        tide.cmd('blockdev-add', driver='raw', node_name=name, file=below, offset=offset, size=MiB)
+    tide.cmd(ADD, node='a', name='b')
+    tide.export('b')
+    with pytest.raises(QmpError, match="node 'a' has bitmaps"):
+        tide.export('c')
+    tide.cmd(ADD, node='b', name='b')
 
 
 def test_partitions_of_one_disk_have_bitmaps_of_their_own(tide):

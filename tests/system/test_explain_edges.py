@@ -143,7 +143,7 @@ def test_what_stands_beside_is_known_of_nodes_of_the_list_itself(d):
 
 
 def test_one_file_is_written_through_one_node(d):
-    """Two file nodes over one inode, by a hard link: both cannot be written to. Bitmaps do not mind."""
+    """Two file nodes over one inode, by a hard link: both cannot be written to, nor one past a bitmap of the other."""
     for name in ('a', 'b'):
         if name == 'a':
             with open(d.path('a'), 'wb') as f:
@@ -154,7 +154,11 @@ def test_one_file_is_written_through_one_node(d):
     pair = [serve('a'), serve('b', id='more')]
     assert edges(d, pair)[0, 1] == [{'name': "the file under nodes 'a' and 'b'", 'before': 'writes', 'after': 'writes'}]
     assert tells(d, pair) != tells(d, pair[::-1])
-    for pair in ([serve('a'), bitmap('add', 'b')], [serve('a'), serve('b', False, id='more')], [serve('a'), serve('one', id='more')]):
+    for pair in ([serve('a'), bitmap('add', 'b')], [bitmap('add', 'b'), serve('a')]):
+        [why] = edges(d, pair)[0, 1]
+        assert why['name'] == "the file under nodes '{}' and '{}'".format(*(p['data'].get('node', p['data'].get('node-name')) for p in pair))
+        assert tells(d, pair) != tells(d, pair[::-1])
+    for pair in ([serve('a', False), bitmap('add', 'b')], [serve('a'), serve('b', False, id='more')], [serve('a'), serve('one', id='more')]):
         assert edges(d, pair) == {}
         assert tells(d, pair) == tells(d, pair[::-1])
     pair = [drive_backup('one', 'b', mode='existing', format='raw'), serve('a')]
