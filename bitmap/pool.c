@@ -27,7 +27,7 @@ struct slab {
     alignas(64) struct page page[];
 };
 
-#define KEPT_SLABS 32u /* 64 MiB */
+#define KEPT_SLABS 256u /* 512 MiB: the largest bitmap of 16 TiB at 4 KiB */
 #define SLAB_PAGES ((MEM_HUGE - sizeof(struct slab)) / sizeof(struct page))
 
 struct bitmap_pool {
