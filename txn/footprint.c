@@ -148,7 +148,7 @@ static struct place *place_of(struct footprint *f, const char *node)
         return p;
     const char *below = l->node_child(l->arg, node, 0);
     if (below)
-        p->below = place_of(f, below); /* nodes stand no deeper than NODE_MAX_DEPTH */
+        place_on(p, place_of(f, below)); /* the graph is no deeper than PLACE_MAX_DEPTH */
     else
         p->file = key_of_node(f, node);
     return p;
@@ -292,40 +292,47 @@ static struct place *file_at(struct footprint *f, struct place *p, const char *p
     return p;
 }
 
-static struct place *stands_on(struct footprint *f, struct place *p,
-                               const struct q_blockdev_ref *ref)
-{
-    struct place *below = reads_ref(f, ref);
-    if (p)
-        p->below = below;
-    return p;
-}
+/* What a node stands on: another node, a file, or nothing. */
+struct ground {
+    const struct q_blockdev_ref *ref;
+    const char *path;
+};
 
-/* A node and those described inside it come to be; those that it names get a user. Their number
- * is bounded by what the parser takes. */
-static struct place *node_footprint(const struct q_blockdev_options *o, struct footprint *f)
+static struct ground ground_of(const struct q_blockdev_options *o)
 {
-    if (o->node_name)
-        writes(f, STORE_NODE, o->node_name, NULL);
-    struct place *p = new_place(f, o->node_name);
-    if (p)
-        p->made = true;
     switch (o->driver) {
     case Q_BLOCKDEV_DRIVER_FILE:
-        return file_at(f, p, o->u.file.filename);
+        return (struct ground){.path = o->u.file.filename};
     case Q_BLOCKDEV_DRIVER_HOST_DEVICE:
-        return file_at(f, p, o->u.host_device.filename);
+        return (struct ground){.path = o->u.host_device.filename};
     case Q_BLOCKDEV_DRIVER_RAW:
-        return stands_on(f, p, o->u.raw.file);
+        return (struct ground){.ref = o->u.raw.file};
     case Q_BLOCKDEV_DRIVER_BLKDEBUG:
-        return stands_on(f, p, o->u.blkdebug.image);
+        return (struct ground){.ref = o->u.blkdebug.image};
     case Q_BLOCKDEV_DRIVER_THROTTLE:
-        return stands_on(f, p, o->u.throttle.file);
+        return (struct ground){.ref = o->u.throttle.file};
     case Q_BLOCKDEV_DRIVER_NULL_CO:
     case Q_BLOCKDEV_DRIVER_NULL_AIO:
         break;
     }
-    return p;
+    return (struct ground){0};
+}
+
+/* A node and those described inside it come to be; those that it names get a user. Their number
+ * is bounded by what the parser takes. What it stands on is looked up before its name means this
+ * node: one that names itself is refused, and must not be a circle here. */
+static struct place *node_footprint(const struct q_blockdev_options *o, struct footprint *f)
+{
+    struct ground g = ground_of(o);
+    if (o->node_name)
+        writes(f, STORE_NODE, o->node_name, NULL);
+    struct place *below = g.ref ? reads_ref(f, g.ref) : NULL;
+    struct place *p = new_place(f, o->node_name);
+    if (p) {
+        p->made = true;
+        place_on(p, below);
+    }
+    return g.path ? file_at(f, p, g.path) : p;
 }
 
 static struct place *reads_ref(struct footprint *f, const struct q_blockdev_ref *ref)

@@ -80,6 +80,14 @@ struct known_export *known_export_new(struct known *k, const char *id)
     return e && insert(&k->exports, &e->link, id) ? e : NULL;
 }
 
+void place_on(struct place *p, struct place *below)
+{
+    if (!below || below->depth >= PLACE_MAX_DEPTH)
+        return;
+    p->below = below;
+    p->depth = below->depth + 1;
+}
+
 bool place_reaches(const struct place *from, const struct place *to)
 {
     while (from && from != to)

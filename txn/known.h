@@ -17,10 +17,13 @@ struct known_table {
     size_t n, mask;
 };
 
+#define PLACE_MAX_DEPTH 64u /* as deep as nodes stand (NODE_MAX_DEPTH) */
+
 /* A node, and what it stands on. No driver stands on more than one. */
 struct place {
     struct known_name link; /* its name, NULL: none that a list could know */
     struct place *below;    /* NULL: it is at the bottom, or nobody knows */
+    unsigned depth;         /* how many are known to be below */
     bool made;              /* the list has made it, or taken it away: nobody need be asked */
     bool watched;           /* the list has added bitmaps to it, or a job that reads it */
     const char *file;       /* at the bottom: which file it is, see footprint_lookup; or NULL */
@@ -51,6 +54,9 @@ struct known_export *known_export(const struct known *k, const char *id);
 /* The name means this new one from now on. Names are borrowed; NULL: it has none. */
 struct place *known_node_new(struct known *k, const char *name);
 struct known_export *known_export_new(struct known *k, const char *id);
+/* A new one stands on `below`, which may be NULL. Not where no node can stand, being too deep:
+ * there the list ends, and however many of those it names, nobody has to walk further than that. */
+void place_on(struct place *p, struct place *below);
 /* Is `to` what `from` stands on, or the same? */
 bool place_reaches(const struct place *from, const struct place *to);
 struct place *place_bottom(struct place *p);

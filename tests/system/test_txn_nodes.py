@@ -277,3 +277,40 @@ def test_a_file_that_fails_to_open_again_keeps_the_node(d):
     h.shutdown()
     with open(d.path('away'), 'rb') as f:
         assert f.read(512) == b'y' * 512
+
+
+# ---------------------------------------------------------------- lists that cannot be
+
+def raw(name, file):
+    return add('raw', name, file=file)
+
+
+SELF = {'itself': raw('a', 'a'), 'itself, further down': raw('a', {'driver': 'raw', 'node-name': 'b', 'file': 'a'})}
+USES = {'del': delete('a'), 'add': bitmap('add', 'a', 'x'),
+        'export': {'type': 'block-export-add', 'data': {'type': 'nbd', 'id': 'e', 'node-name': 'a', 'writable': True,
+                                                        'bitmaps': ['x']}}}
+
+
+@pytest.mark.parametrize('node', SELF)
+@pytest.mark.parametrize('use', USES)
+def test_a_node_that_stands_on_itself_is_refused(d, node, use):
+    """Whatever comes after it in the list: who looks for what is below must not go round in a circle."""
+    actions = [SELF[node], USES[use]]
+    e = pytest.raises(QmpError, txn, d, actions).value
+    assert e.desc == "node 'a' not found" and e.data['action'] == 0
+    assert txn(d, actions, dry_run=True)['failed-action'] == 0
+    assert txn(d, actions, explain=True)['dependencies'][0]['because'][0]['name'] == "node 'a'"
+
+
+def test_a_list_that_piles_up_too_many_nodes_is_refused(d, sanitized):
+    """How deep nodes may stand is known when the list is run; what it would take to delete them is looked at before.
+    A megabyte of these took three gigabytes."""
+    n = 8000
+    d.cmd('blockdev-add', driver='null-co', node_name='n0', size=SIZE)
+    pile = [raw(f'n{i}', f'n{i - 1}') for i in range(1, n)]
+    e = pytest.raises(QmpError, txn, d, [*pile, *(delete(f'n{i}') for i in range(n - 1, 0, -1))]).value
+    assert e.desc == "node 'n65' would stand on more than 64 others" and e.data['action'] == 64
+    with open(f'/proc/{d.proc.pid}/status') as f:
+        peak = next(int(line.split()[1]) for line in f if line.startswith('VmHWM'))
+    assert sanitized or peak < 200 * 1024
+    assert names(d)[0] == 'n0'
