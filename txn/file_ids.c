@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A few coroutines look at one path after the other. Each may get stuck in a mount that hangs, with
  * a thread of io's pool; whoever asked leaves after a while, and the object goes with the last of
- * them. As long as any is stuck nobody is asked anew, so no number of questions can take all
- * threads. (The same care as in drivers/file.c for allocated sizes.) */
+ * them. One list is asked about at a time, and as long as any asker is stuck nobody is asked anew,
+ * so no number of questions can take all threads, not even of many clients at once. (The same care
+ * as in drivers/file.c for allocated sizes.) */
 #include "txn/file_ids.h"
 
 #include <errno.h>
@@ -11,6 +12,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "co/sync.h"
 #include "io/io.h"
 
 #define ASKERS 4u
@@ -23,8 +25,9 @@ struct file_id {
 
 struct file_questions {
     struct io *io;
-    unsigned n_stuck; /* askers that nobody waits for */
-    bool left;        /* the last of them frees it */
+    struct co_mutex asking; /* who holds it has askers, and gives up in time */
+    unsigned n_stuck;       /* askers that nobody waits for */
+    bool left;              /* the last of them frees it */
 };
 
 struct file_ids {
@@ -33,7 +36,8 @@ struct file_ids {
     struct file_id *id; /* by path */
     size_t n, next;
     unsigned n_askers;
-    bool left; /* nobody waits any more; the last asker frees it */
+    bool late; /* nobody waits any more: they are stuck */
+    bool left; /* the last of them frees it */
     struct io_event all_answered;
 };
 
@@ -43,6 +47,7 @@ int file_questions_new(struct io *io, struct file_questions **out)
     if (!*out)
         return -ENOMEM;
     (*out)->io = io;
+    (*out)->asking = (struct co_mutex)CO_MUTEX_INIT;
     return 0;
 }
 
@@ -116,7 +121,7 @@ static co_fn const char *find_key(struct file_ids *ids, const char *path)
 static void answered_late(struct file_ids *ids)
 {
     struct file_questions *q = ids->questions;
-    if (!ids->n_askers)
+    if (ids->left && !ids->n_askers)
         destroy(ids);
     if (--q->n_stuck == 0 && q->left)
         mem_free(q);
@@ -125,18 +130,18 @@ static void answered_late(struct file_ids *ids)
 static co_fn void ask(void *arg)
 {
     struct file_ids *ids = arg;
-    while (!ids->left && ids->next < ids->n) {
+    while (!ids->late && ids->next < ids->n) {
         struct file_id *id = &ids->id[ids->next++];
         id->key = find_key(ids, id->path);
     }
     ids->n_askers--;
-    if (ids->left)
+    if (ids->late)
         answered_late(ids);
     else if (!ids->n_askers)
         io_event_set(&ids->all_answered);
 }
 
-static co_fn void ask_all(struct file_ids *ids)
+static co_fn void start_askers(struct file_ids *ids)
 {
     for (unsigned i = 0; i < ASKERS && ids->next < ids->n; i++) {
         ids->n_askers++;
@@ -145,8 +150,22 @@ static co_fn void ask_all(struct file_ids *ids)
             break;
         }
     }
-    if (ids->n_askers)
-        io_event_wait(&ids->all_answered, io_now(ids->questions->io) + ANSWER_NS);
+}
+
+/* Who waits for a turn waits no longer than a second either: those before came earlier, and leave
+ * a second after they came. */
+static co_fn void ask_all(struct file_ids *ids)
+{
+    struct file_questions *q = ids->questions;
+    uint64_t deadline = io_now(q->io) + ANSWER_NS;
+    co_mutex_lock(&q->asking);
+    if (!q->n_stuck && io_now(q->io) < deadline)
+        start_askers(ids);
+    while (ids->n_askers && io_event_wait(&ids->all_answered, deadline) == 0)
+        ;
+    ids->late = ids->n_askers > 0;
+    q->n_stuck += ids->n_askers;
+    co_mutex_unlock(&q->asking);
 }
 
 /* ------------------------------------------------------------------ paths */
@@ -190,7 +209,7 @@ struct file_ids *file_ids_new(struct file_questions *q, const struct footprint *
     }
     ids->questions = q;
     ids->all_answered = (struct io_event)IO_EVENT_INIT;
-    if (!q->n_stuck)
+    if (ids->n)
         ask_all(ids);
     return ids;
 }
@@ -208,10 +227,7 @@ void file_ids_free(struct file_ids *ids)
 {
     if (!ids)
         return;
-    if (!ids->n_askers) {
-        destroy(ids);
-        return;
-    }
     ids->left = true;
-    ids->questions->n_stuck += ids->n_askers;
+    if (!ids->n_askers)
+        destroy(ids);
 }

@@ -244,6 +244,26 @@ def test_explaining_does_not_wait_for_a_mount_that_hangs(tmp_path):
             assert time.monotonic() < end
 
 
+def test_many_clients_that_ask_about_a_mount_that_hangs_do_not_take_all_threads(tmp_path):
+    """All at once, while nobody knows yet that it hangs."""
+    with Stalled(str(tmp_path)) as slow, Daemon() as d:
+        text = json.dumps({'execute': 'transaction', 'arguments': {'properties': {'explain': True}, 'actions': [
+            file(f'n{i}', os.path.join(slow.mount, f'x{i}')) for i in range(8)]}}).encode()
+        clients = [d.client() for _ in range(80)]
+        slow.stop()
+        start = time.monotonic()
+        for q in clients:
+            q.sock.sendall(text)
+        d.cmd('blockdev-add', driver='file', node_name='local', filename=d.log_path)
+        for q in clients:
+            assert 'return' in q.reply()
+            q.close()
+        assert time.monotonic() - start < BOUND
+        threads = len(os.listdir(f'/proc/{d.proc.pid}/task'))
+        slow.go_on()
+        assert threads < 64
+
+
 # ---------------------------------------------------------------- what the list itself says
 
 def explain_here(d, actions):
