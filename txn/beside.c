@@ -18,6 +18,8 @@ struct site {
     unsigned newest[DISK_HOWS][ENDINGS]; /* use */
     unsigned next[DISK_HOWS][ENDINGS];   /* place with such uses over the same bottom */
     unsigned first[DISK_HOWS][ENDINGS];  /* of a bottom: the first of them */
+    /* From this one on, all that write lead here: nobody need look again. */
+    unsigned clear[ENDINGS];
     /* Of a bottom that is written to or tracked: others over a file of that hash, over any file,
      * all. */
     bool is_listed;
@@ -94,17 +96,39 @@ static bool leads(const struct search *s, unsigned how, unsigned place)
     return how == DISK_TRACK ? place_reaches(own, other) : place_reaches(other, own);
 }
 
-/* All that did so over the bottom of ours, or only those that do not lead to us or we to them. */
-static int meet_disk(const struct search *s, unsigned how, bool past)
+/* All that did so over the bottom of ours. */
+static int meet_disk(const struct search *s, unsigned how)
 {
     const struct site *bottom = &s->b->site[place_bottom(s->use->place)->number];
     int r = 0;
     for (unsigned ends = 0; ends < ENDINGS && !(ends && s->use->ends); ends++) {
         for (unsigned p = bottom->first[how][ends]; p && r == 0;
-             p = s->b->site[p - 1].next[how][ends]) {
-            if (!past || !leads(s, how, p))
-                r = meet_place(s, p, how, ends, BESIDE_DISK);
+             p = s->b->site[p - 1].next[how][ends])
+            r = meet_place(s, p, how, ends, BESIDE_DISK);
+    }
+    return r;
+}
+
+/* Only those that do not lead to us or we to them. Of those who keep track no more than
+ * PLACE_MAX_DEPTH can be led to; but any number who write may lead to one who keeps track, and
+ * that again and again. */
+static int meet_past(const struct search *s, unsigned how)
+{
+    const struct site *bottom = &s->b->site[place_bottom(s->use->place)->number];
+    struct site *own = &s->b->site[s->use->place->number];
+    int r = 0;
+    for (unsigned ends = 0; ends < ENDINGS && !(ends && s->use->ends); ends++) {
+        unsigned newest = bottom->first[how][ends];
+        unsigned until = how == DISK_WRITE ? own->clear[ends] : 0;
+        bool clear = true;
+        for (unsigned p = newest; p != until && r == 0; p = s->b->site[p - 1].next[how][ends]) {
+            if (leads(s, how, p))
+                continue;
+            clear = false;
+            r = meet_place(s, p, how, ends, BESIDE_DISK);
         }
+        if (how == DISK_WRITE && clear)
+            own->clear[ends] = newest;
     }
     return r;
 }
@@ -155,15 +179,15 @@ static int meet(const struct search *s)
     unsigned how = s->use->how;
     int r = 0;
     if (how & 1u << DISK_TRACK)
-        r = meet_disk(s, DISK_WRITE, true);
+        r = meet_past(s, DISK_WRITE);
     if (r == 0 && how & 1u << DISK_WRITE)
-        r = meet_disk(s, DISK_TRACK, true);
+        r = meet_past(s, DISK_TRACK);
     if (r == 0 && how & (1u << DISK_WRITE | 1u << DISK_SOURCE))
-        r = meet_disk(s, DISK_ALONE, false);
+        r = meet_disk(s, DISK_ALONE);
     if (r == 0 && how & 1u << DISK_ALONE)
-        r = meet_disk(s, DISK_WRITE, false);
+        r = meet_disk(s, DISK_WRITE);
     if (r == 0 && how & 1u << DISK_ALONE)
-        r = meet_disk(s, DISK_SOURCE, false);
+        r = meet_disk(s, DISK_SOURCE);
     if (r == 0 && how & (1u << DISK_WRITE | 1u << DISK_TRACK))
         r = meet_file(s, DISK_WRITE);
     if (r == 0 && how & 1u << DISK_WRITE)
