@@ -312,6 +312,12 @@ def test_a_node_of_the_list_itself_is_known(d, explain):
     assert (2, 3) not in explain(d, [*chain, bitmap('add', 'inner', 'c'), serve('n', bitmaps=['b'])])
 
 
+@pytest.mark.parametrize('explain', [explain_here, explain_there])
+def test_a_node_that_names_itself_is_no_circle(d, explain):
+    for node in (raw('a', 'a'), raw('a', {'driver': 'raw', 'node-name': 'b', 'file': 'a'})):
+        assert explain(d, [node, bitmap('add', 'a'), delete('a')]) == {(0, 1), (0, 2), (1, 2)}
+
+
 def test_without_a_daemon_paths_are_what_they_are(d):
     same = [drive_backup('one', './dir//./x'), file('n', 'dir/x')]
     assert explain_here(d, same) == {(0, 1)}
