@@ -263,12 +263,22 @@ static int find_edges(struct explain *x)
 struct held {
     size_t *bucket, mask; /* index of the newest + 1 */
     size_t *older;
-    json_t **row;
+    bool all;
 };
 
 static const char *held_name(const struct node_hold *h)
 {
     return h->node ? h->node : h->export;
+}
+
+/* One that needs the reads of its node held has those of all nodes held, since there is one pause
+ * for the list (txn/txn.c, hold). */
+static bool holds_all(const struct footprint *f)
+{
+    bool all = false;
+    for (size_t i = 0; i < f->n_holds && !all; i++)
+        all = f->hold[i].all;
+    return all;
 }
 
 static int add_hold(struct held *x, json_t *list, const struct node_hold *hold, size_t i)
@@ -277,17 +287,14 @@ static int add_hold(struct held *x, json_t *list, const struct node_hold *hold, 
     const char *name = held_name(h);
     size_t *head = &x->bucket[XXH64(name, strlen(name), !h->node) & x->mask];
     for (size_t k = *head; k; k = x->older[k - 1]) {
-        if (!hold[k - 1].node != !h->node || strcmp(held_name(&hold[k - 1]), name))
-            continue;
-        if (h->all)
-            json_object_set_new(x->row[k - 1], "requests", json_string("all"));
-        return 0;
+        if (!hold[k - 1].node == !h->node && !strcmp(held_name(&hold[k - 1]), name))
+            return 0;
     }
     x->older[i] = *head;
     *head = i + 1;
-    x->row[i] = json_pack("{s:s,s:s}", h->node ? "node" : "export", name, "requests",
-                          h->all ? "all" : "writes");
-    return json_array_append_new(list, x->row[i]) < 0 ? -ENOMEM : 0;
+    json_t *row = json_pack("{s:s,s:s}", h->node ? "node" : "export", name, "requests",
+                            x->all ? "all" : "writes");
+    return json_array_append_new(list, row) < 0 ? -ENOMEM : 0;
 }
 
 static size_t mask_for(size_t n)
@@ -300,16 +307,14 @@ static size_t mask_for(size_t n)
 
 static int holds(const struct footprint *f, json_t *list)
 {
-    struct held x = {.mask = mask_for(f->n_holds)};
+    struct held x = {.mask = mask_for(f->n_holds), .all = holds_all(f)};
     x.bucket = mem_calloc(x.mask + 1, sizeof *x.bucket);
     x.older = mem_calloc(f->n_holds + 1, sizeof *x.older);
-    x.row = mem_calloc(f->n_holds + 1, sizeof *x.row);
-    int r = list && x.bucket && x.older && x.row ? 0 : -ENOMEM;
+    int r = list && x.bucket && x.older ? 0 : -ENOMEM;
     for (size_t i = 0; i < f->n_holds && r == 0; i++)
         r = add_hold(&x, list, f->hold, i);
     mem_free(x.bucket);
     mem_free(x.older);
-    mem_free(x.row);
     return r;
 }
 

@@ -166,6 +166,16 @@ def test_explain_says_which_actions_depend_on_which_and_why(d):
     assert names(d) == []
 
 
+def test_explain_says_of_whom_reads_wait_too(d):
+    """There is one pause for a list: a job's disks have theirs held, so all the others have."""
+    clear = act('clear', node='d1-file', name='b')
+    job = {'type': 'blockdev-backup', 'data': {'job-id': 'j', 'device': 'd0', 'target': 'd1', 'sync': 'full'}}
+    assert explained(d, [clear])[1] == [{'node': 'd1-file', 'requests': 'writes'}]
+    for actions in ([clear, job], [job, clear]):
+        held = explained(d, actions)[1]
+        assert {h['node'] for h in held} == {'d0', 'd1', 'd1-file'} and {h['requests'] for h in held} == {'all'}
+
+
 def test_explain_of_what_only_looks_has_no_edges(d):
     edges, _ = explained(d, [act('merge', node='d0', target='x', bitmaps=['a']),
                              act('merge', node='d0', target='y', bitmaps=['a'])])

@@ -197,7 +197,7 @@ def test_explain_needs_no_daemon(tool):
     assert "     after 2: contents of bitmap 'b0' on node 'disk0': 2 reads, 4 writes" in lines
     assert 'neighbours that may be swapped: 0 and 1, 1 and 2' in lines
     held = lines[-1]
-    assert held.startswith('held meanwhile: ') and "node 'disk0' (all requests)" in held and "node 'disk1' (writes)" in held
+    assert held.startswith('held meanwhile: ') and "node 'disk0' (all requests)" in held and "node 'disk1' (all requests)" in held
 
 
 def test_explain_without_a_daemon_of_what_a_list_does_not_say(tool):
