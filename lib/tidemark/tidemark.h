@@ -45,7 +45,7 @@ struct tide_conn *tide_conn_new(void);
 void tide_conn_free(struct tide_conn *conn);
 
 /* Connects to the UNIX socket at `path` and agrees on QMP, within five seconds for each of both; a
- * connection that is open is closed first. The daemon talks to one client of a socket at a time.
+ * connection that is open is closed first. Other clients of the socket go on beside it.
  * -ENOTCONN: nobody listens there, or does not speak QMP; -ENAMETOOLONG. */
 int tide_conn_open(struct tide_conn *conn, const char *path);
 bool tide_conn_is_open(const struct tide_conn *conn);
@@ -131,8 +131,8 @@ int tide_txn_failed_action(const struct tide_txn *txn);
  */
 const char *tide_txn_failed_kind(const struct tide_txn *txn);
 const char *tide_txn_failed_phase(const struct tide_txn *txn);
-/* It failed, and all that was done is undone. False after a failure only if the daemon says that it
- * still tries to clean something up. */
+/* It failed, and all that was done is undone. False after a failure only if somebody outside the
+ * daemon stood in the way: tide_txn_error() says of what. */
 bool tide_txn_undone(const struct tide_txn *txn);
 /* The outcome, good or bad, is that of an earlier run under the same id; nothing was run now. */
 bool tide_txn_replayed(const struct tide_txn *txn);
