@@ -103,5 +103,5 @@ static int del_prepare(struct txn *t, const struct action *a, struct tide_error 
 }
 
 const struct action_ops blockdev_add_ops = {
-    .prepare = add_prepare, .stage = add_stage, .unstage = add_unstage, .stages_early = true};
+    .prepare = add_prepare, .stage = add_stage, .unstage = add_unstage};
 const struct action_ops blockdev_del_ops = {.prepare = del_prepare};

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The engine: lock, stage, quiesce, prepare in order, record; or unwind in reverse.
  *
- * Order (docs/transactions.md, "One transaction step by step"): slow work that nobody sees and that
- * needs nobody; command lock; other slow work that nobody sees; nodes of the whole list quiesced in
+ * Order (docs/transactions.md, "One transaction step by step"): command lock; slow work that nobody
+ * sees; nodes of the whole list quiesced in
  * one go; effects are hidden from queries from the first one on; every action in list order; the
  * record; discards, last first; announcements and gates in list order; locks go; releases. What an
  * unwind gives back is given back before anything is released. */
@@ -343,49 +343,22 @@ static bool stands_alone(const struct footprint *f, unsigned i)
     return true;
 }
 
-static bool reads_a_node(const struct footprint *f, unsigned i)
-{
-    for (size_t k = 0; k < f->n_uses && f->use[k].action <= i; k++) {
-        const struct name_use *u = &f->use[k];
-        if (u->action == i && !u->writes && u->name.kind == STORE_NODE)
-            return true;
-    }
-    return false;
-}
-
 /* Ends at the first failure: the list gets no further than there. */
-static co_fn int stage(struct txn *t, bool locked, struct tide_error *err)
+static co_fn int stage(struct txn *t, struct tide_error *err)
 {
     for (unsigned i = 0; i < t->n && t->footprint.n_uses <= STAGE_USES_MAX; i++) {
         const struct action_ops *ops = t->actions[i].entry->ops;
-        if ((int)i == t->stage_failed)
-            break;
-        if (!ops->stage || (t->staged && t->staged[i]) || !stands_alone(&t->footprint, i))
-            continue;
-        if (!locked && (!ops->stages_early || reads_a_node(&t->footprint, i)))
+        if (!ops->stage || !stands_alone(&t->footprint, i))
             continue;
         if (!t->staged && !(t->staged = mem_calloc(t->n, sizeof *t->staged)))
             return tide_fail(err, -ENOMEM, "no memory for a list of %zu actions", t->n);
         t->current = i;
-        if (ops->stage(t, &t->actions[i], &t->staged[i], &t->stage_err) < 0)
+        if (ops->stage(t, &t->actions[i], &t->staged[i], &t->stage_err) < 0) {
             t->stage_failed = (int)i;
+            break;
+        }
     }
     return 0;
-}
-
-/* Before the lock: what graph and exports have may change at any time, so nothing is looked up. */
-static co_fn int stage_early(struct txn *t, struct tide_error *err)
-{
-    bool any = false;
-    for (size_t i = 0; i < t->n && !any; i++)
-        any = t->actions[i].entry->ops->stages_early;
-    if (!any)
-        return 0;
-    int r = make_footprint(t, NULL, err);
-    if (r == 0)
-        r = stage(t, false, err);
-    footprint_free(&t->footprint);
-    return r;
 }
 
 static co_fn void unstage(struct txn *t)
@@ -515,7 +488,7 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
     struct footprint_lookup lookup = txn_lookup(t->env);
     int r = make_footprint(t, &lookup, err);
     if (r == 0)
-        r = stage(t, true, err);
+        r = stage(t, err);
     if (r == 0)
         r = hold(t, &q, err);
     if (r == 0) {
@@ -590,12 +563,8 @@ int txn_run(const struct txn_env *env, const struct action *actions, size_t n,
     TAILQ_INIT(&t.reserved);
     *res = (struct txn_result){.failed = -1};
     t.res = res;
-    int r = replay(env, props, res, err);
-    if (r == 0)
-        r = stage_early(&t, err);
     graph_lock(env->graph);
-    if (r == 0)
-        r = replay(env, props, res, err); /* again: it may have been run meanwhile */
+    int r = replay(env, props, res, err);
     if (r == 0)
         r = begin(&t, res, err);
     if (r == 0)

@@ -44,10 +44,6 @@ struct action_ops {
      * when its turn comes. prepare gets *out by txn_staged() and owns it then. */
     co_fn int (*stage)(struct txn *t, const struct action *a, void **out, struct tide_error *err);
     co_fn void (*unstage)(struct txn *t, void *staged);
-    /* Stage looks at nothing that a command could change meanwhile but the nodes that the action
-     * names: if it names none, it comes before the command lock, so that a disk which hangs keeps
-     * nobody else from working. */
-    bool stages_early;
 };
 
 struct action_entry {

@@ -13,7 +13,7 @@ import nbd
 import pytest
 
 from backup_tools import until
-from harness import DEADLINE, Daemon, KiB, MiB, QmpError
+from harness import DEADLINE, Daemon, KiB, MiB
 from mounts import loop_device, mounted, need_root, partitions, run
 from stalled import Stalled
 
@@ -173,13 +173,12 @@ def test_queries_and_other_disks_commands_go_on(stalled):
 
 @pytest.mark.parametrize('form', ['plain', 'list'])
 def test_opening_on_a_mount_that_hangs(stalled, form):
-    """blockdev-add waits; queries, clients, and whatever others change do not."""
+    """blockdev-add waits, and commands behind it; queries and clients do not."""
     with Daemon(['--loops', '1']) as d:
         d.add_file('fast', 16 * MiB, discard='unmap')
         d.export('fast')
         fast, other = connect(d, 'fast'), d.client()
         slow = {'driver': 'file', 'node-name': 'slow', 'filename': stalled.path}
-        bitmap = {'node': 'fast', 'name': 'b'}
         before = [{'type': 'block-dirty-bitmap-add', 'data': {'node': 'fast', 'name': 'first'}}]
         with Hanging(stalled):
             d.qmp.send({'execute': 'blockdev-add', 'arguments': slow} if form == 'plain' else {
@@ -187,12 +186,7 @@ def test_opening_on_a_mount_that_hangs(stalled, form):
             for query in ('query-named-block-nodes', 'query-block-exports'):
                 assert timed(lambda: other.cmd(query))[0] < BOUND
             assert worst_latency(fast) < BOUND
-            for change in (('block-dirty-bitmap-add', bitmap), ('blockdev-add', {'driver': 'null-co', 'node-name': 'n'}),
-                           ('transaction', {'actions': [{'type': 'block-dirty-bitmap-clear', 'data': bitmap}]})):
-                assert timed(lambda: other.cmd(*change))[0] < BOUND
-            with pytest.raises(QmpError, match="'slow' is in use already"):
-                other.cmd('blockdev-add', driver='null-co', node_name='slow')
-            assert [n['node-name'] for n in other.cmd('query-named-block-nodes')] == ['n', 'fast']
+            assert [n['node-name'] for n in other.cmd('query-named-block-nodes')] == ['fast']
         assert 'return' in d.qmp.reply()
         assert (d.bitmap('fast', 'first') is not None) == (form == 'list')
         assert d.node('slow')['image']['virtual-size'] == stalled.size
@@ -200,7 +194,7 @@ def test_opening_on_a_mount_that_hangs(stalled, form):
         fast.shutdown()
 
 
-def test_what_hangs_while_the_daemon_ends_is_not_opened(stalled):
+def test_ending_while_an_opening_hangs(stalled):
     with Daemon(['--loops', '1']) as d:
         other = d.client()
         with Hanging(stalled):
