@@ -136,6 +136,7 @@ bool bitmap_undo_free_some(struct bitmap_undo *u, unsigned *budget)
 /* ---- changing the target ---- */
 
 #define PREFETCH_WORDS 64u
+#define FREE_PAGES 8u    /* between two rests */
 #define SINGLE_PAGES 64u /* so many come one by one; who needs more gets them from the pool */
 
 struct merge {
@@ -156,6 +157,16 @@ static int merge_reserve(struct merge *m)
     return m->undo && !m->unpublished ? undo_reserve(m->undo) : 0;
 }
 
+/* What the target has no more, and nobody looks at. */
+static void merge_free(struct merge *m, unsigned level, uintptr_t v)
+{
+    bitmap_slot s;
+    unsigned budget = FREE_PAGES;
+    atomic_init(&s, v);
+    for (; !slot_free_some(&s, level, &budget); budget = FREE_PAGES)
+        pace_add(m->pace, PACE_PAGE);
+}
+
 /* The slot of the target gets another value; there is room for the note. */
 static void merge_set(struct merge *m, bitmap_slot *s, unsigned level, uintptr_t v)
 {
@@ -164,7 +175,7 @@ static void merge_set(struct merge *m, bitmap_slot *s, unsigned level, uintptr_t
     if (m->undo && !m->unpublished)
         undo_note(m->undo, s, level, old);
     else if (old)
-        dir_free_subtree(level, old);
+        merge_free(m, level, old);
 }
 
 /* The slot of the target gets the source's page, too. */

@@ -450,12 +450,17 @@ static void long_work_lets_others_in(void **state)
     check_turns("merge in place", &t, MANY);
     assert_int_equal(bitmap_count_at(c, &pace), 2 * MANY);
     check_turns("count", &t, MANY / 32);
+    struct bitmap *ones = make(bitmap_size(a), 16);
+    bitmap_mark(ones, 0, UINT64_MAX, &r);
+    mem_fail_after(0);
+    assert_int_equal(bitmap_merge(c, ones, &pace), 0);
+    check_turns("giving back what ones replace", &t, MANY / 32);
     bitmap_free(c);
     mem_fail_after(0);
     assert_int_equal(bitmap_convert(a, 15, &pace, &c), 0);
     check_turns("conversion", &t, MANY);
-    struct bitmap *all[] = {a, b, c, coarse, fine};
-    for (unsigned i = 0; i < 5; i++)
+    struct bitmap *all[] = {a, b, c, coarse, fine, ones};
+    for (unsigned i = 0; i < 6; i++)
         bitmap_free(all[i]);
     bitmap_retired_free(&r);
 }
