@@ -413,8 +413,12 @@ static co_fn int target_place(struct txn *t, const struct q_drive_backup *args, 
     int r = take_path(args->target, &path, err);
     if (r == 0 && args->mode != Q_NEW_IMAGE_MODE_EXISTING && txn_is_dry(t))
         r = new_file_check(txn_graph(t), path, err);
-    else if (r == 0 && x->file)
-        r = new_file_place(x->file, txn_graph(t), err);
+    else if (r == 0 && x->file) {
+        struct tide_error left;
+        r = new_file_place(x->file, txn_graph(t), &left, err);
+        if (left.code < 0)
+            txn_not_undone(t, &left);
+    }
     if (r < 0)
         return r;
     if (x->file)

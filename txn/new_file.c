@@ -279,9 +279,11 @@ static co_fn int put(struct new_file *f, const struct found *at, struct tide_err
     return 0;
 }
 
-int new_file_place(struct new_file *f, struct graph *g, struct tide_error *err)
+int new_file_place(struct new_file *f, struct graph *g, struct tide_error *left,
+                   struct tide_error *err)
 {
     struct found at;
+    left->code = 0;
     int r = look(f->path, g, &at, err);
     if (r == 0)
         r = put(f, &at, err);
@@ -292,9 +294,8 @@ int new_file_place(struct new_file *f, struct graph *g, struct tide_error *err)
     if (r == 0 && (r = io_sync_dir(f->dir)) < 0)
         tide_fail(err, r, "cannot put file '%s' in place: its directory cannot be synced: %s",
                   f->path, tide_strerror(-r));
-    struct tide_error why;
-    if (r < 0 && new_file_unplace(f, &why) < 0)
-        tide_error_suffix(err, "; and %s", why.msg);
+    if (r < 0)
+        new_file_unplace(f, left);
     return r;
 }
 

@@ -30,8 +30,10 @@ co_fn int new_file_make(struct io *io, const char *path, uint64_t size, struct n
                         struct tide_error *err);
 const char *new_file_temp(const struct new_file *f); /* where its bytes are until it is placed */
 /* Durable on return. Refused where something stands at `path` that must not be replaced: open in a
- * node of this graph, locked by another process, not writable. On failure it is where it was. */
-co_fn int new_file_place(struct new_file *f, struct graph *g, struct tide_error *err);
+ * node of this graph, locked by another process, not writable. On failure it is where it was, or
+ * left->code is that of new_file_unplace() and its text says so; else 0. */
+co_fn int new_file_place(struct new_file *f, struct graph *g, struct tide_error *left,
+                         struct tide_error *err);
 /* 0; or, if somebody else has replaced it meanwhile or the file system fails, -errno and where the
  * file is that was there before: theirs is left alone, and there is nothing more to try. */
 co_fn int new_file_unplace(struct new_file *f, struct tide_error *err);

@@ -9,7 +9,7 @@ import nbd
 import pytest
 
 from file_state import files, whole_state
-from harness import MiB, Daemon, QmpError
+from harness import MiB, Daemon, QmpError, which
 from mounts import file_system, need_root, run
 
 SIZE = MiB
@@ -273,6 +273,25 @@ def test_what_cannot_be_undone_is_told(d, old):
     with pytest.raises(QmpError) as again:
         txn(d, [backup(path)] + idle + [{'type': 'abort', 'data': {}}], id=f'turn{turn}')
     assert again.value.data['replayed'] and again.value.data['undone'] is False and left in again.value.desc
+
+
+@pytest.mark.skipif(not which('strace'), reason='strace is not installed')
+def test_what_cannot_be_put_in_place_nor_back_is_told(sanitized):
+    """The directory cannot be synced, and while that is tried another process replaces the file."""
+    if sanitized:
+        pytest.skip('a leak checker and strace want the same place')
+    with daemon(args=['--engine', 'portable'], wrapper=[  # strace does not see rings
+            'strace', '-D', '-f', '-qq', '-o', 'calls', '-e', 'trace=fsync',
+            '-e', 'inject=fsync:error=EIO:delay_enter=500000']) as d:
+        content = read(d.path('old'))
+        intruder = Intruder(d.path('old'))
+        intruder.start()
+        with pytest.raises(QmpError, match='cannot be synced') as e:
+            txn(d, [backup(d.path('old'))])
+        assert intruder.came_in()
+        assert e.value.data['undone'] is False and e.value.data['action'] == 0
+        [left] = e.value.data['pending']
+        assert f'; not undone: {left}' in e.value.desc and read(left.rsplit("'", 2)[1]) == content
 
 
 def test_an_old_file_is_there_until_the_list_has_happened(d):
