@@ -152,12 +152,12 @@ static int run(struct qmp_call *call, const struct action *a, size_t n,
     return r;
 }
 
-static co_fn void add_all(struct io *io, struct footprint *f, const struct action *a, size_t n)
+static co_fn void add_all(struct footprint *f, const struct action *a, size_t n)
 {
-    struct io_turns turns = {io};
     for (size_t i = 0; i < n; i++) {
         action_footprint((int)(a[i].entry - txn_actions), a[i].args, (unsigned)i, f);
-        io_turns_step(&turns);
+        if (f->step)
+            f->step(f->step_arg);
     }
 }
 
@@ -165,26 +165,51 @@ static co_fn void add_all(struct io *io, struct footprint *f, const struct actio
 static co_fn int find_files(struct qmp_call *call, const struct action *a, size_t n,
                             struct footprint_lookup *l)
 {
-    struct footprint f = {0};
-    add_all(call->inst->io, &f, a, n);
+    struct io_turns turns = {call->inst->io};
+    struct footprint f = {.step = io_turns_step, .step_arg = &turns};
+    add_all(&f, a, n);
     l->file_key = file_ids_key;
     l->file_arg = f.no_memory ? NULL : file_ids_new(call->inst->file_questions, &f);
     footprint_free(&f);
     return l->file_arg ? 0 : -ENOMEM;
 }
 
+#define AT_ONE_GO 1000u /* actions: about a millisecond */
+
+/* Nothing that is looked up may go meanwhile. A query keeps effects out, and whose effects are kept
+ * out may hold guests already: so a long list, which is explained in turns, takes the lock that
+ * others wait for before they hold anybody. */
+static co_fn int explain_names(struct qmp_call *call, struct footprint *f, const struct action *a,
+                               size_t n, json_t **ret)
+{
+    struct graph *g = call->inst->graph;
+    struct io_turns turns = {call->inst->io};
+    bool is_long = n > AT_ONE_GO;
+    if (is_long) {
+        f->step = io_turns_step;
+        f->step_arg = &turns;
+        graph_lock(g);
+    } else {
+        graph_query_begin(g);
+    }
+    add_all(f, a, n);
+    int r = footprint_explain(f, EXPLAIN_MAX, ret);
+    if (is_long)
+        graph_unlock(g);
+    else
+        graph_query_end(g);
+    return r;
+}
+
 static co_fn int explain(struct qmp_call *call, const struct action *a, size_t n, json_t **ret,
                          struct tide_error *err)
 {
     struct footprint_lookup lookup = txn_lookup(&call->inst->txn);
-    struct footprint f = {.lookup = &lookup, .explains = true};
     int r = find_files(call, a, n, &lookup);
     if (r < 0)
         return no_memory(err);
-    graph_query_begin(call->inst->graph);
-    add_all(call->inst->io, &f, a, n);
-    graph_query_end(call->inst->graph);
-    r = footprint_explain(&f, EXPLAIN_MAX, ret);
+    struct footprint f = {.lookup = &lookup, .explains = true};
+    r = explain_names(call, &f, a, n, ret);
     footprint_free(&f);
     file_ids_free(lookup.file_arg);
     if (r == -E2BIG)

@@ -247,6 +247,8 @@ static int find_edges(struct explain *x)
     size_t i = 0, k = 0;
     int r = 0;
     while ((i < f->n_uses || k < f->n_disks) && r == 0) {
+        if (f->step)
+            f->step(f->step_arg);
         if (k == f->n_disks || (i < f->n_uses && f->use[i].action <= f->disk[k].action)) {
             r = f->use[i].name.a ? meet_named(x, i) : meet_any(x, i);
             i++;

@@ -85,6 +85,10 @@ struct footprint {
     bool explains;   /* set before the first action: it is for footprint_explain() */
     unsigned action; /* that is being added */
     bool no_memory;  /* it is not whole */
+    /* footprint_explain() calls it now and then, so that long work can be done in turns; or NULL.
+     */
+    void (*step)(void *arg);
+    void *step_arg;
 };
 
 /* Add what the action at place `index` names; `kind` is an enum q_transaction_action_kind and

@@ -242,6 +242,38 @@ def test_quit_at_any_point_of_a_long_list(turns):
         assert d.proc.wait(60) == 0 and 'Sanitizer' not in d.log() and 'assert' not in d.log(), d.log()
 
 
+def over(name, below):
+    return {'type': 'blockdev-add', 'data': {'driver': 'raw', 'node-name': name, 'file': below}}
+
+
+DELETE_N = {'type': 'blockdev-del', 'data': {'node-name': 'n'}}
+CIRCLES = {
+    'itself': [over('n', 'n'), DELETE_N],
+    'inside': [over('n', {'driver': 'raw', 'node-name': 'm', 'file': 'n'}), DELETE_N],
+    'inside, by the inner': [over('n', {'driver': 'raw', 'node-name': 'm', 'file': 'n'}), over('o', 'm'), over('m', 'o'),
+                             {'type': 'blockdev-del', 'data': {'node-name': 'm'}}],
+    'what stands on it': [over('below', 'above'), {'type': 'blockdev-del', 'data': {'node-name': 'above'}}],
+    'exported': [over('n', 'n'), {'type': 'block-export-add', 'data': {
+        'type': 'nbd', 'id': 'e', 'node-name': 'n', 'name': 'e', 'writable': True, 'bitmaps': ['b']}}],
+    'tracked': [over('n', 'n'), act('add', node='n', name='b'), act('add', node='d0', name='b'), DELETE_N],
+}
+
+
+@pytest.mark.parametrize('properties', [{}, {'dry-run': True}, {'explain': True}], ids=str)
+@pytest.mark.parametrize('actions', CIRCLES.values(), ids=CIRCLES)
+def test_nodes_that_would_stand_on_themselves(d, actions, properties):
+    d.cmd('blockdev-add', driver='null-co', node_name='below')
+    d.cmd('blockdev-add', driver='raw', node_name='above', file='below')
+    before = [n['node-name'] for n in d.cmd('query-named-block-nodes')]
+    reply = d.qmp.raw({'execute': 'transaction', 'arguments': {'actions': actions, 'properties': properties}})
+    assert ('return' in reply) == bool(properties), reply
+    if 'dry-run' in properties:
+        assert reply['return']['outcome'] == 'would-fail' and reply['return']['failed-action'] == 0
+    assert [n['node-name'] for n in d.cmd('query-named-block-nodes')] == before
+    d.cmd('blockdev-del', node_name='above')
+    d.cmd('blockdev-del', node_name='below')
+
+
 def test_a_list_too_long_for_the_monitor_is_an_error(d):
     """The limit of one message is QEMU's: 2,097,152 tokens."""
     more = [act('merge', node='d0', target='t', bitmaps=['a', 'a', 'a', 'a']) for _ in range(100_000)]
