@@ -69,6 +69,7 @@ def test_what_is_installed(installed):
     assert {f for f in found if '/include/' in f} == {f for f in found if re.search(r'/include/tidemark/(tidemark|actions)\.h$', f)}
     assert sum('/include/' in f for f in found) == 2
     assert [os.path.basename(f) for f in found if f.endswith('.a')] == ['libtidemark.a']
+    assert [f for f in found if f.endswith('/share/doc/tidemark/qmp.md')]
     out = subprocess.check_output(['readelf', '-d', installed.libdir + '/libtidemark.so'], text=True)
     assert 'Library soname: [libtidemark.so.0]' in out
     assert installed.pkg_config('--modversion') == ['0.1.0']
