@@ -54,12 +54,18 @@ def dirty(d, node, name, granule=GRANULE):
     return {i for off, n in d.ranges(node, name) for i in range(off // granule, (off + n) // granule)}
 
 
+def listens(path):
+    """A socket is there from bind() on, and refuses connections until listen()."""
+    with open('/proc/net/unix') as f:
+        return any(words[3] == '00010000' for words in map(str.split, f) if words[-1] == path)
+
+
 @contextlib.contextmanager
 def server(*command, path):
     """A program that serves on the UNIX socket `path` until it is ended."""
     with subprocess.Popen([which(command[0]), *command[1:]], stdin=subprocess.DEVNULL) as proc:
         try:
-            until(f'{command[0]} listens', lambda: os.path.exists(path) or proc.poll() is not None)
+            until(f'{command[0]} listens', lambda: listens(path) or proc.poll() is not None)
             assert proc.poll() is None, f'{command[0]} ended with {proc.returncode}'
             yield f'nbd+unix:///?socket={path}'
         finally:

@@ -472,9 +472,10 @@ def big_transaction():
 def test_a_request_of_a_mebibyte_takes_milliseconds(qmp, sanitized, make):
     raw = make()
     assert len(raw) > 0.95 * MiB
-    seconds, reply = best_time(qmp, raw, DEADLINE if sanitized else 0.05)
+    bound = DEADLINE if sanitized else 0.2  # 10 to 20 ms alone, bench/ measures; others use this machine
+    seconds, reply = best_time(qmp, raw, bound)
     assert 'nosuch' in reply['error']['desc']
-    assert sanitized or seconds <= 0.05
+    assert seconds <= bound
     assert_works(qmp)
 
 

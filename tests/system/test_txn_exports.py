@@ -713,7 +713,7 @@ def test_a_disk_that_hangs_does_not_keep_its_export():
         assert "'n'" in fails(d, act(BITMAP + 'add', node='n', name='m')).desc
         before = time.monotonic()
         txn(d, delete('exp-e', 'hard'))
-        assert time.monotonic() - before < 0.5
+        assert time.monotonic() - before < 0.9
         d.qmp.event('BLOCK_EXPORT_DELETED', id='exp-e')
 
 
