@@ -294,7 +294,8 @@ static co_fn int backup_run(struct job *j)
     bool keeps_part = b->opts.bitmap && b->opts.bitmap_mode == BACKUP_ALWAYS;
     if (r == 0 || keeps_part) {
         int flushed = flush_target(b);
-        /* Nothing is known to be there. Guests may be inside the hook still: marked, not replaced. */
+        /* Nothing is known to be there. Guests may be inside the hook still: marked, not replaced.
+         */
         if (flushed < 0)
             bitmap_mark(b->undone, 0, UINT64_MAX, graph_retired(b->graph));
         r = r < 0 ? r : flushed;
