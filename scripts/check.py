@@ -31,7 +31,7 @@ class Stage:
 
 def nice(stage):
     """It gets little of the machine while others want it, so it may take long."""
-    stage.command = ['nice', '-n', '10', *stage.command]
+    stage.command = ['nice', '-n', '19', *stage.command]
     stage.limit *= 2
     return stage
 
