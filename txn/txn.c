@@ -2,10 +2,10 @@
 /* The engine: lock, stage, quiesce, prepare in order, record; or unwind in reverse.
  *
  * Order (docs/transactions.md, "One transaction step by step"): command lock; slow work that nobody
- * sees; nodes of the whole list quiesced in
- * one go; effects are hidden from queries from the first one on; every action in list order; the
- * record; discards, last first; announcements and gates in list order; locks go; releases. What an
- * unwind gives back is given back before anything is released. */
+ * sees; nodes of the whole list quiesced in one go; effects are hidden from queries from the first
+ * one on; every action in list order; the record; discards, last first; announcements and gates in
+ * list order; locks go; releases. What an unwind gives back is given back before anything is
+ * released. */
 #include "txn/txn.h"
 
 #include <assert.h>
