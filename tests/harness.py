@@ -40,20 +40,27 @@ class QmpError(Exception):
         self.data = error.get('data')
 
 
+class Confused(Exception):
+    """A daemon that does not let a client in."""
+
+
 class Qmp:
     """One QMP client. Events that come in between are kept in .events. When nothing comes for DEADLINE the
     TimeoutError says of a `daemon` what it is doing."""
 
-    def __init__(self, path, negotiate=True, daemon=None):
+    def __init__(self, path, negotiate=True, daemon=None, deadline=DEADLINE):
         self.daemon, self.asked = daemon, None
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(DEADLINE)
+        self.sock.settimeout(deadline)
         self.sock.connect(path)
         self.buf = b''
         self.events = []
         self.greeting = self.read()
         if negotiate:
-            self.cmd('qmp_capabilities')
+            answer = self.raw({'execute': 'qmp_capabilities'})
+            if 'return' not in answer:
+                raise Confused(answer)
+        self.sock.settimeout(DEADLINE)
 
     def read(self):
         """The next message, whatever it is."""
@@ -168,43 +175,53 @@ class Daemon:
         cmd += ['--chardev', f'socket,id=qmp,path={self.qmp_path},server=on,wait=off',
                 '--monitor', 'chardev=qmp']
         self.cmdline = cmd
-        with open(self.log_path, 'wb') as log:
-            self.proc = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                         env={**os.environ, **(env or {})}, cwd=self.dir)
+        self.env = {**os.environ, **(env or {})}
         self.qmp = None
+        self.start()
+
+    def start(self):
+        with open(self.log_path, 'wb') as log:
+            self.proc = subprocess.Popen(self.cmdline, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                         env=self.env, cwd=self.dir)
 
     def __enter__(self):
         try:
-            self.qmp = self.client()
+            self.qmp = self.first_client_of_qsd() if self.kind == 'qsd' else self.client()
         except BaseException:
             self.kill()
             raise
         return self
 
-    def client(self, negotiate=True):
-        """One more QMP client; waits until the daemon listens."""
+    def first_client_of_qsd(self):
+        """While qemu-storage-daemon 7.2 starts, two of its threads may see one client. Then it says nothing, hangs up or
+        greets twice; another daemon is taken in its place."""
+        for patience in (DEADLINE / 6, DEADLINE / 3):
+            try:
+                q = self.client(deadline=patience)
+                if 'return' in q.raw({'execute': 'query-version'}):
+                    return q
+            except (TimeoutError, EOFError, ConnectionError, Confused):
+                pass
+            self.proc.kill()
+            self.proc.wait()
+            for path in (self.qmp_path, self.nbd_path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            self.start()
+        return self.client()
+
+    def client(self, negotiate=True, deadline=DEADLINE):
+        """One more QMP client; waits until the daemon listens, and `deadline` s for its greeting."""
         end = time.monotonic() + DEADLINE
         while True:
             try:
-                q = Qmp(self.qmp_path, False, self)
-                break
+                return Qmp(self.qmp_path, negotiate, self, deadline)
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.proc.poll() is not None:
                     raise RuntimeError(f'daemon ended with {self.proc.returncode}: {self.log()}')
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.01)  # the only way to wait for a socket file without inotify
-        if self.kind == 'qsd':
-            self.unblock_accept()
-        if negotiate:
-            q.cmd('qmp_capabilities')
-        return q
-
-    def unblock_accept(self):
-        """While it starts, two threads of qemu-storage-daemon 7.2 may see one client: one takes it, the other
-        waits in accept() until another one comes, and nothing is answered. That other one is this."""
-        with socket.socket(socket.AF_UNIX) as s:
-            s.connect(self.qmp_path)
 
     def cpu_seconds(self):
         """What it has had of the processors: does not grow while others use the machine."""
