@@ -14,6 +14,7 @@
 #define NODE_MAX_CHILDREN 4u
 #define NODE_MAX_DEPTH 64u /* nodes above each other: I/O and the graph's walks recurse */
 
+struct inquiry;
 struct io_file;
 struct q_blockdev_options;
 struct q_blockdev_ref;
@@ -42,7 +43,11 @@ struct driver_ops {
     /* The file that holds our bytes one to one and the offset of byte 0 in it; NULL: there is none.
      */
     struct io_file *(*offload)(struct node *n, uint64_t *base);
-    uint64_t (*allocated)(struct node *n); /* bytes on disk, UINT64_MAX unknown */
+    /* Bytes on disk as far as is known, UINT64_MAX: unknown. Does not yield. */
+    uint64_t (*allocated)(const struct node *n);
+    /* Ask the disk for them; inquiry_begin() and inquiry_end() around each question. Does not wait
+     * for the answer. NULL: allocated() always knows. Control loop. */
+    void (*ask_allocated)(struct node *n, struct inquiry *q);
     /* Which file it has open (device number, inode). NULL: it has none. */
     void (*file_id)(const struct node *n, uint64_t *dev, uint64_t *ino);
     /* Do both keep others from the same file by locks? NULL: it locks nothing. */

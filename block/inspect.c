@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "block/inspect.h"
 
+#include "base/mem.h"
 #include "block/driver.h"
 #include "block/node.h"
+#include "io/io.h"
 #include "schema/types.h"
+
+#define ANSWER_NS 100000000u /* how long a query waits for the answers of disks */
+#define QUESTIONS 64u        /* at once: each may take a stack and a thread of the pool */
 
 char *node_set_filename(struct node *n, char *name)
 {
@@ -19,7 +24,7 @@ static const char *filename_of(const struct node *n)
     return n->n_children ? filename_of(n->child[0]) : "";
 }
 
-void node_inspect(struct node *n, struct node_info *out)
+void node_inspect(const struct node *n, struct node_info *out)
 {
     *out = (struct node_info){
         .driver = n->ops->name,
@@ -34,4 +39,57 @@ void node_inspect(struct node *n, struct node_info *out)
     };
     if (!out->filename[0])
         out->filename = n->ops->name;
+}
+
+/* ------------------------------------------------------------------ what only disks know */
+
+struct inquiry {
+    unsigned open; /* questions, and one for who waits */
+    struct io_event answered;
+};
+
+void inquiry_begin(struct inquiry *q)
+{
+    q->open++;
+}
+
+void inquiry_end(struct inquiry *q)
+{
+    if (--q->open == 0)
+        mem_free(q);
+    else
+        io_event_set(&q->answered);
+}
+
+static struct node *nth_node(struct graph *g, size_t at)
+{
+    struct node *n = TAILQ_FIRST(&g->nodes);
+    while (n && at--)
+        n = TAILQ_NEXT(n, link);
+    return n;
+}
+
+/* Nodes may come and go while this waits, so it may ask one twice, or miss one: that one says what
+ * it said last. */
+void graph_ask_disks(struct graph *g)
+{
+    uint64_t deadline = io_now(g->io) + ANSWER_NS;
+    struct inquiry *q = mem_zalloc(sizeof *q);
+    size_t asked = 0;
+    if (!q)
+        return;
+    *q = (struct inquiry){1, IO_EVENT_INIT};
+    for (struct node *n = nth_node(g, 0); n; asked++) {
+        if (n->ops->ask_allocated)
+            n->ops->ask_allocated(n, q);
+        bool waited = q->open > QUESTIONS;
+        while (q->open > QUESTIONS && io_event_wait(&q->answered, deadline) == 0)
+            ;
+        if (q->open > QUESTIONS)
+            break;
+        n = waited ? nth_node(g, asked + 1) : TAILQ_NEXT(n, link);
+    }
+    while (q->open > 1 && io_event_wait(&q->answered, deadline) == 0)
+        ;
+    inquiry_end(q);
 }

@@ -18,6 +18,7 @@
 #include "base/bytes.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "block/inspect.h"
 #include "block/root.h"
 #include "drivers/drivers.h"
 #include "io/io.h"
@@ -36,13 +37,13 @@ struct file {
     uint64_t dev, ino;
     unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
     /* Queries for the allocated size; control loop only. */
-    uint64_t allocated; /* the last answer */
-    unsigned n_asking;  /* questions that the kernel has not answered yet, */
-    unsigned n_overdue; /* those of them that nobody waits for any more */
+    uint64_t allocated;    /* the last answer */
+    unsigned n_asking;     /* questions that the kernel has not answered yet */
+    uint64_t asking_since; /* when there was none last */
     struct io_event answered_all;
 };
 
-#define ANSWER_NS 100000000u /* how long a query waits for the disk's answer */
+#define OVERDUE_NS 100000000u /* an answer that takes so long: the disk hangs */
 
 /* ------------------------------------------------------------------ open and close */
 
@@ -376,53 +377,49 @@ static struct io_file *file_offload(struct node *n, uint64_t *base)
 
 /* ------------------------------------------------------------------ allocated size */
 
-/* A question for the allocated size. A mount that hangs does not answer, so whoever asked may leave
- * before; then the question frees itself. */
-struct ask {
+/* A question for the allocated size. A mount that hangs does not answer, so whoever asked may have
+ * left; a file whose answer is overdue is asked nothing more. */
+struct question {
     struct file *file;
-    bool over, left;
-    struct io_event answered;
+    struct inquiry *of;
 };
 
-static co_fn void ask_allocated(void *arg)
+static co_fn void ask_size(void *arg)
 {
-    struct ask *a = arg;
+    struct question *a = arg;
     struct file *s = a->file;
     struct io_stat st;
     if (io_fstat(s->f, &st) == 0)
         s->allocated = st.allocated;
-    a->over = true;
-    if (a->left) {
-        s->n_overdue--;
-        mem_free(a);
-    } else {
-        io_event_set(&a->answered);
-    }
+    inquiry_end(a->of);
+    mem_free(a);
     if (--s->n_asking == 0)
         io_event_set(&s->answered_all);
 }
 
-/* Waits ANSWER_NS at most: queries go on while a disk hangs, with what it said last. */
-static uint64_t file_allocated(struct node *n)
+static void file_ask_allocated(struct node *n, struct inquiry *of)
 {
     struct file *s = n->state;
-    struct ask *a = s->n_overdue ? NULL : mem_zalloc(sizeof *a);
+    uint64_t now = io_now(graph_io(n->graph));
+    if (s->n_asking && now - s->asking_since >= OVERDUE_NS)
+        return;
+    struct question *a = mem_alloc(sizeof *a);
     if (!a)
-        return s->allocated;
-    a->file = s;
-    s->n_asking++;
-    if (loop_run_now(ask_allocated, a) < 0) {
+        return;
+    *a = (struct question){s, of};
+    inquiry_begin(of);
+    if (!s->n_asking++)
+        s->asking_since = now;
+    if (loop_run_now(ask_size, a) < 0) {
         s->n_asking--;
+        inquiry_end(of);
         mem_free(a);
-        return s->allocated;
     }
-    if (!a->over)
-        io_event_wait(&a->answered, io_now(graph_io(n->graph)) + ANSWER_NS);
-    a->left = !a->over;
-    if (a->left)
-        s->n_overdue++;
-    else
-        mem_free(a);
+}
+
+static uint64_t file_allocated(const struct node *n)
+{
+    const struct file *s = n->state;
     return s->allocated;
 }
 
@@ -430,8 +427,8 @@ static uint64_t file_allocated(struct node *n)
     .state_size = sizeof(struct file), .close = file_close, .set_perm = file_set_perm,             \
     .preadv = file_preadv, .pwritev = file_pwritev, .zero = file_zero, .discard = file_discard,    \
     .flush = file_flush, .extent = file_extent, .offload = file_offload,                           \
-    .allocated = file_allocated, .file_id = file_id, .same_locks = file_same_locks,                \
-    .lock_test = file_lock_test
+    .allocated = file_allocated, .ask_allocated = file_ask_allocated, .file_id = file_id,          \
+    .same_locks = file_same_locks, .lock_test = file_lock_test
 
 const struct driver_ops file_driver = {.name = "file", .open = file_open, FILE_OPS};
 const struct driver_ops host_device_driver = {

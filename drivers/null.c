@@ -85,7 +85,7 @@ static int null_extent(struct node *n, uint64_t off, uint64_t len, struct extent
     return 0;
 }
 
-static uint64_t null_allocated(struct node *n)
+static uint64_t null_allocated(const struct node *n)
 {
     return 0;
 }

@@ -84,7 +84,7 @@ static struct io_file *raw_offload(struct node *n, uint64_t *base)
     return f;
 }
 
-static uint64_t raw_allocated(struct node *n)
+static uint64_t raw_allocated(const struct node *n)
 {
     struct node *c = n->child[0];
     return c->ops->allocated ? c->ops->allocated(c) : UINT64_MAX;

@@ -78,7 +78,7 @@ static int throttle_extent(struct node *n, uint64_t off, uint64_t len, struct ex
     return node_extent(n->child[0], off, len, e);
 }
 
-static uint64_t throttle_allocated(struct node *n)
+static uint64_t throttle_allocated(const struct node *n)
 {
     struct node *c = n->child[0];
     return c->ops->allocated ? c->ops->allocated(c) : UINT64_MAX;

@@ -627,6 +627,7 @@ def command_flags(c):
     flags = [f for f, on in (("QMP_ACTION", c.decl.get("action")),
                              ("QMP_DEPRECATED", "deprecated" in c.features),
                              ("QMP_QUERY", c.decl.get("query")),
+                             ("QMP_DISKS", c.decl.get("asks-disks")),
                              ("QMP_ANYTIME", c.decl.get("while-transaction"))) if on]
     return " | ".join(flags) or "0"
 

@@ -77,7 +77,6 @@ static json_t *node_row(struct node *n)
     return o;
 }
 
-/* Looking at allocated sizes yields, so the nodes are held still by the query lock. */
 struct rows {
     json_t *list;
     bool failed;
@@ -121,7 +120,6 @@ static json_t *device_row(struct graph *g, const char *id, const char *node)
     return o;
 }
 
-/* Rows take their time, and an export may end meanwhile: names first. */
 int qmp_query_block(struct qmp_call *call, const struct q_query_block *args, json_t **ret,
                     struct tide_error *err)
 {

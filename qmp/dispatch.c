@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "block/inspect.h"
 #include "block/node.h"
 #include "qmp/instance.h"
 #include "qmp/monitor.h"
@@ -141,6 +142,8 @@ static co_fn int run_command(struct qmp_call *call, const struct qmp_command *c,
         return run_action(call, c, args, err);
     if (c->flags & QMP_ANYTIME)
         return c->run(call, args, ret, err);
+    if (c->flags & QMP_DISKS)
+        graph_ask_disks(g);
     if (c->flags & QMP_QUERY) {
         graph_query_begin(g);
         r = c->run(call, args, ret, err);

@@ -30,6 +30,7 @@ enum qmp_flag {
     QMP_QUERY = 2,   /* changes nothing; waits while effects of a list are not decided */
     QMP_ANYTIME = 4, /* neither waits for nor disturbs a transaction */
     QMP_DEPRECATED = 8,
+    QMP_DISKS = 16, /* a query that tells what only disks know: they are asked before it */
 };
 
 struct qmp_command {

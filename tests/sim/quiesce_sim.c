@@ -5,6 +5,7 @@
  *   The list fails when the quiesce timeout is over, not later, and names d0. Nothing has changed.
  *   All gates are open again: guests of d1 go on at once, though d0 still hangs.
  *   The next try leaves the guests in peace for a second first; once d0 is back, it succeeds.
+ *   A query that waits for d0 to say its size keeps no list waiting.
  *   Guests of d2 never notice anything; lists about d1 and d2 alone work while d0 hangs.
  *   Whatever the tries did, no dirty bit of d0 or d1 is lost. */
 #include "scene.h"
@@ -18,6 +19,8 @@
 
 struct quiesce_state {
     struct scene scene; /* first */
+    struct qmp asker;
+    struct co_group asking;
     uint64_t stall;
     unsigned n_tried;
 };
@@ -108,6 +111,39 @@ static co_fn void fail_once(struct quiesce_state *t, bool peace)
     json_decref(after);
 }
 
+static void ask_main(void *arg)
+{
+    struct quiesce_state *t = arg;
+    qmp_open(&t->asker, t->scene.crowd.w);
+    json_decref(qmp_get(&t->asker, "query-named-block-nodes", NULL));
+    qmp_close(&t->asker);
+    co_group_done(&t->asking);
+}
+
+static co_fn uint64_t held_last(struct qmp *q)
+{
+    json_t *log = qmp_get(q, "query-transactions", NULL);
+    uint64_t ns = (uint64_t)json_integer_value(json_object_get(json_array_get(log, 0), "held-ns"));
+    json_decref(log);
+    return ns;
+}
+
+static co_fn void one_query(struct quiesce_state *t)
+{
+    struct world *w = t->scene.crowd.w;
+    uint64_t took;
+    sim_stall(w->disk, t->scene.crowd.disk[0].file, SIM_STAT, 1, 30 * SECOND, true);
+    co_group_add(&t->asking, 1);
+    CHECK(loop_spawn(io_loop(w->io, 0), ask_main, t) == 0);
+    qmp_listen(&w->qmp, SECOND / 20); /* now it waits */
+    json_t *v = try_list(t, 2, &took);
+    CHECK_SAY(!qmp_error(v), "%s", qmp_error(v));
+    json_decref(v);
+    CHECK(held_last(&w->qmp) < SECOND / 50);
+    co_group_wait(&t->asking);
+    sim_clear_faults(w->disk);
+}
+
 static co_fn void one_hang(struct quiesce_state *t)
 {
     struct world *w = t->scene.crowd.w;
@@ -143,6 +179,7 @@ static co_fn void quiesce_live(struct world *w)
     struct quiesce_state *t = state_of(w);
     set_up(w);
     qmp_listen(&w->qmp, SECOND / 4);
+    one_query(t);
     for (unsigned n = 1 + (unsigned)chance_below(&w->chance, 2); n; n--)
         one_hang(t);
     scene_check_end(&t->scene);
