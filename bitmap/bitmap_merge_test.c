@@ -2,7 +2,7 @@
 /* Tests of merging: what it shares and makes, with and without a log; from one granularity into
  * another, beside a reference that goes bit by bit; the kernels; how often others get a turn. And
  * of the pool that its pages come from. Random lists of changes that are taken back are in
- * bitmap_test.c. */
+ * bitmap_random_test.c. */
 #include "bitmap/bitmap_test.h"
 #include "bitmap/kernels.h"
 

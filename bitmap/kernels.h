@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The loops over words that merging, copying and scanning spend their time in, in the widest form
  * that this processor has. They read and write plain memory: only for pages that nobody writes
- * meanwhile. All forms give the same result (bitmap_test.c compares them). */
+ * meanwhile. All forms give the same result (bitmap_merge_test.c compares them). */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
