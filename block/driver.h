@@ -162,7 +162,7 @@ struct graph {
     uint64_t next_generation; /* of bitmaps */
     struct quiesce *quiesce;  /* the one under way */
     struct io_event drained;  /* somebody left a closed root */
-    uint64_t quiesce_timeout, quiesce_failed_at;
+    uint64_t quiesce_timeout;
     struct graph_loop { /* of each loop: pages its markers replaced */
         _Alignas(64) struct bitmap_retired retired;
     } * loop;

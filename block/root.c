@@ -44,7 +44,8 @@ struct root {
     bool quiesced; /* closed and seen empty since */
     bool aside;    /* a claim: permissions, but no user of its nodes */
     struct hurry *hurry;
-    bool drained; /* quiesce_begin() waits for it: nodes below make nobody wait */
+    bool drained;   /* quiesce_begin() waits for it: nodes below make nobody wait */
+    uint64_t peace; /* until then it is not held again: it was held in vain */
     TAILQ_ENTRY(root) link;
     struct gate_count count[]; /* of each loop */
 };
@@ -606,12 +607,16 @@ static unsigned count_roots(struct graph *g)
     return n;
 }
 
-/* After a drain that failed, guests get a second of peace before the next one is tried. */
-static co_fn void wait_after_failure(struct graph *g)
+void quiesce_peace(struct graph *g, struct node *const *nodes, unsigned n, enum quiesce_kind kind)
 {
-    uint64_t now = io_now(g->io);
-    if (g->quiesce_failed_at && now - g->quiesce_failed_at < RETRY_PAUSE)
-        io_sleep(RETRY_PAUSE - (now - g->quiesce_failed_at));
+    uint64_t now = io_now(g->io), until = now;
+    struct root *r;
+    TAILQ_FOREACH (r, &g->roots, link) {
+        if (r->peace > until && root_concerned(r, nodes, n, kind))
+            until = r->peace;
+    }
+    if (until > now)
+        io_sleep(until - now);
 }
 
 /* The first root that still has somebody inside; each count has to be seen 0 once. */
@@ -664,8 +669,6 @@ int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n, enum q
                   struct quiesce **out, struct tide_error *err)
 {
     assert(loop_is_control() && !g->quiesce);
-    if (n)
-        wait_after_failure(g);
     struct quiesce *q = mem_zalloc(sizeof *q + count_roots(g) * sizeof q->root[0]);
     if (!q)
         return tide_fail(err, -ENOMEM, "no memory to hold writes");
@@ -683,7 +686,8 @@ int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n, enum q
     }
     int res = drain(q, err);
     if (res < 0) {
-        g->quiesce_failed_at = io_now(g->io);
+        for (unsigned i = 0; i < q->n; i++)
+            q->root[i]->peace = io_now(g->io) + RETRY_PAUSE;
         quiesce_end(q);
         return res;
     }

@@ -71,10 +71,14 @@ void root_leave(struct root *r);
  * Repeated now and then until root_free(). Control loop. */
 void root_hurry(struct root *r);
 
-/* Close and drain everything that reaches one of the nodes; fails, with every gate open again and
- * nothing changed, when draining takes longer than the limit. Control loop. */
 enum quiesce_kind { QUIESCE_WRITES, QUIESCE_ALL };
 struct quiesce;
+/* Who was held in vain gets a second of peace: waits until it is over for everybody whom the same
+ * quiesce_begin() would hold. Control loop, command lock. */
+co_fn void quiesce_peace(struct graph *g, struct node *const *nodes, unsigned n,
+                         enum quiesce_kind kind);
+/* Close and drain everything that reaches one of the nodes; fails, with every gate open again and
+ * nothing changed, when draining takes longer than the limit. Control loop. */
 co_fn int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n,
                         enum quiesce_kind kind, struct quiesce **out, struct tide_error *err);
 /* Opens the gates, last closed first. NULL is fine. */

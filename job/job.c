@@ -270,6 +270,7 @@ static co_fn struct quiesce *try_to_hold(struct job_group *g)
     unsigned n = 0;
     TAILQ_FOREACH (j, &g->members, in_group)
         n += j->ops->nodes(j, g->nodes + n);
+    quiesce_peace(g->jobs->graph, g->nodes, n, QUIESCE_WRITES);
     if (quiesce_begin(g->jobs->graph, g->nodes, n, QUIESCE_WRITES, &q, &err) < 0)
         log_warn("job", "end of job '%s': %s; trying again", TAILQ_FIRST(&g->members)->id, err.msg);
     return q;

@@ -197,6 +197,8 @@ static co_fn int create(struct new_file *f, uint64_t size, struct tide_error *er
     r = io_fstat(file, &st);
     if (r == 0)
         r = io_truncate(file, size);
+    if (r == 0)
+        r = io_fsync(file); /* a name that is durable must not lead to half of it */
     if (r < 0)
         tide_fail(err, r, "cannot make file '%s' of %llu bytes: %s", f->path,
                   (unsigned long long)size, tide_strerror(-r));
@@ -299,6 +301,19 @@ int new_file_place(struct new_file *f, struct graph *g, struct tide_error *left,
     return r;
 }
 
+/* The answer will say that it is undone. */
+static co_fn int sync_undone(struct new_file *f, struct tide_error *err)
+{
+    int r = io_sync_dir(f->dir);
+    if (r == 0)
+        return 0;
+    return tide_fail(err, r,
+                     "the new file '%s' was taken back, but its directory cannot be synced: %s; "
+                     "when power fails it may be there again%s%s%s",
+                     f->path, tide_strerror(-r), f->exchanged ? ", and the old one at '" : "",
+                     f->exchanged ? f->temp : "", f->exchanged ? "'" : "");
+}
+
 int new_file_unplace(struct new_file *f, struct tide_error *err)
 {
     if (!f->placed)
@@ -312,7 +327,7 @@ int new_file_unplace(struct new_file *f, struct tide_error *err)
         r = io_rename(f->exchanged ? f->temp : f->path, f->exchanged ? f->path : f->temp,
                       f->exchanged ? IO_EXCHANGE : IO_NOREPLACE);
     if (r == 0)
-        return 0;
+        return sync_undone(f, err);
     f->lost = true;
     if (f->exchanged)
         tide_fail(err, r, "file '%s' cannot be put back: %s; it is at '%s'", f->path,

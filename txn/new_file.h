@@ -34,8 +34,9 @@ const char *new_file_temp(const struct new_file *f); /* where its bytes are unti
  * left->code is that of new_file_unplace() and its text says so; else 0. */
 co_fn int new_file_place(struct new_file *f, struct graph *g, struct tide_error *left,
                          struct tide_error *err);
-/* 0; or, if somebody else has replaced it meanwhile or the file system fails, -errno and where the
- * file is that was there before: theirs is left alone, and there is nothing more to try. */
+/* Durable on return. 0; or, if somebody else has replaced it meanwhile or the file system fails,
+ * -errno and where the file is that was there before: theirs is left alone, and there is nothing
+ * more to try. */
 co_fn int new_file_unplace(struct new_file *f, struct tide_error *err);
 /* Nobody has the file at the temporary name open. Frees `f`; NULL is fine. */
 co_fn void new_file_end(struct new_file *f);

@@ -370,7 +370,8 @@ static co_fn void unstage(struct txn *t)
     mem_free(t->staged);
 }
 
-static co_fn int hold(struct txn *t, struct quiesce **q, struct tide_error *err)
+static co_fn int hold(struct txn *t, struct quiesce **q, struct txn_result *res,
+                      struct tide_error *err)
 {
     const struct footprint *f = &t->footprint;
     struct graph *g = t->env->graph;
@@ -389,7 +390,11 @@ static co_fn int hold(struct txn *t, struct quiesce **q, struct tide_error *err)
         if (found && found != last)
             nodes[n++] = last = found;
     }
+    quiesce_peace(g, nodes, n, kind);
+    uint64_t since = io_now(t->env->io);
     int r = quiesce_begin(g, nodes, n, kind, q, err);
+    if (r < 0) /* in vain */
+        res->held_ns = io_now(t->env->io) - since;
     mem_free(nodes);
     return r;
 }
@@ -490,7 +495,7 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
     if (r == 0)
         r = stage(t, err);
     if (r == 0)
-        r = hold(t, &q, err);
+        r = hold(t, &q, res, err);
     if (r == 0) {
         graph_effects_begin(g);
         r = run_held(t, res, err);

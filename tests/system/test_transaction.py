@@ -536,6 +536,8 @@ def test_disk_that_does_not_come_to_rest(tide):
     with pytest.raises(QmpError) as e:
         run(tide, disable('slow', 'b'), clear('slow', 'b'))
     assert "'slow'" in e.value.desc and 'flight' in e.value.desc
+    last = tide.cmd('query-transactions')[0]
+    assert last['outcome'] == 'failed' and 2900000000 < last['held-ns'] <= last['took-ns']
     assert tide.ranges('slow', 'b') == [(0, G)] and tide.bitmap('slow', 'b')['recording'] is True
     finish_command(h, cookie)
     run(tide, disable('slow', 'b'), clear('slow', 'b'))
