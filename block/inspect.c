@@ -44,7 +44,8 @@ void node_inspect(const struct node *n, struct node_info *out)
 /* ------------------------------------------------------------------ what only disks know */
 
 struct inquiry {
-    unsigned open; /* questions, and one for who waits */
+    unsigned open; /* questions, and one for who waits, */
+    bool left;     /* until he leaves */
     struct io_event answered;
 };
 
@@ -59,6 +60,11 @@ void inquiry_end(struct inquiry *q)
         mem_free(q);
     else
         io_event_set(&q->answered);
+}
+
+bool inquiry_left(const struct inquiry *q)
+{
+    return q->left;
 }
 
 static struct node *nth_node(struct graph *g, size_t at)
@@ -78,7 +84,7 @@ void graph_ask_disks(struct graph *g)
     size_t asked = 0;
     if (!q)
         return;
-    *q = (struct inquiry){1, IO_EVENT_INIT};
+    *q = (struct inquiry){1, false, IO_EVENT_INIT};
     for (struct node *n = nth_node(g, 0); n; asked++) {
         if (n->ops->ask_allocated)
             n->ops->ask_allocated(n, q);
@@ -91,5 +97,6 @@ void graph_ask_disks(struct graph *g)
     }
     while (q->open > 1 && io_event_wait(&q->answered, deadline) == 0)
         ;
+    q->left = true;
     inquiry_end(q);
 }

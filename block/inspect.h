@@ -30,3 +30,5 @@ co_fn void graph_ask_disks(struct graph *g);
 struct inquiry;
 void inquiry_begin(struct inquiry *q);
 void inquiry_end(struct inquiry *q);
+/* He has left: what is open is overdue. */
+bool inquiry_left(const struct inquiry *q);

@@ -37,13 +37,11 @@ struct file {
     uint64_t dev, ino;
     unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
     /* Queries for the allocated size; control loop only. */
-    uint64_t allocated;    /* the last answer */
-    unsigned n_asking;     /* questions that the kernel has not answered yet */
-    uint64_t asking_since; /* when there was none last */
+    uint64_t allocated;          /* the last answer */
+    unsigned n_asking;           /* questions that the kernel has not answered yet */
+    const struct inquiry *asker; /* of the newest of them, or NULL */
     struct io_event answered_all;
 };
-
-#define OVERDUE_NS 100000000u /* an answer that takes so long: the disk hangs */
 
 /* ------------------------------------------------------------------ open and close */
 
@@ -391,6 +389,8 @@ static co_fn void ask_size(void *arg)
     struct io_stat st;
     if (io_fstat(s->f, &st) == 0)
         s->allocated = st.allocated;
+    if (s->asker == a->of)
+        s->asker = NULL;
     inquiry_end(a->of);
     mem_free(a);
     if (--s->n_asking == 0)
@@ -400,18 +400,18 @@ static co_fn void ask_size(void *arg)
 static void file_ask_allocated(struct node *n, struct inquiry *of)
 {
     struct file *s = n->state;
-    uint64_t now = io_now(graph_io(n->graph));
-    if (s->n_asking && now - s->asking_since >= OVERDUE_NS)
+    if (s->asker && inquiry_left(s->asker))
         return;
     struct question *a = mem_alloc(sizeof *a);
     if (!a)
         return;
     *a = (struct question){s, of};
     inquiry_begin(of);
-    if (!s->n_asking++)
-        s->asking_since = now;
+    s->n_asking++;
+    s->asker = of;
     if (loop_run_now(ask_size, a) < 0) {
         s->n_asking--;
+        s->asker = NULL;
         inquiry_end(of);
         mem_free(a);
     }
