@@ -111,6 +111,7 @@ struct node {
     const char *child_role[NODE_MAX_CHILDREN];
     unsigned n_children;
     unsigned goes; /* not published: children 1 << i that come into sight or are closed with it */
+    unsigned made; /* children 1 << i that were described inside its options */
     /* One entry for each edge from a published node; room for all edges, which are n_edges. Never
      * gets smaller. */
     struct node **parents;

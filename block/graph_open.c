@@ -60,8 +60,10 @@ static int link_child(struct node *n, const char *role, struct node *c, bool goe
     }
     c->n_edges++;
     n->depth = MAX(n->depth, c->depth + 1);
-    if (goes)
+    if (goes) {
         n->goes |= 1u << n->n_children;
+        n->made |= 1u << n->n_children;
+    }
     n->child_role[n->n_children] = role;
     n->child[n->n_children++] = c;
     return 0;
@@ -124,7 +126,9 @@ void graph_publish(struct node *n)
     publish_new(n);
 }
 
-void graph_unpublish(struct node *n)
+/* With it go, if it `never` was there, the children that came with it; else those that nobody uses
+ * any more. */
+static void unpublish(struct node *n, bool never)
 {
     /* A claim may have permissions of it still: it is given back before the node is closed. */
     assert(n->sight == NODE_PUBLISHED && !n->n_parents && !n->n_roots);
@@ -135,16 +139,21 @@ void graph_unpublish(struct node *n)
     for (unsigned i = 0; i < n->n_children; i++) {
         struct node *c = n->child[i];
         n->place[i] = take_edge(n, i);
-        if (!c->owned && !c->n_parents && !c->n_roots) {
+        if (never ? n->made >> i & 1 : !c->owned && !c->n_parents && !c->n_roots) {
             n->goes |= 1u << i;
-            graph_unpublish(c);
+            unpublish(c, never);
         }
     }
 }
 
+void graph_unpublish(struct node *n)
+{
+    unpublish(n, false);
+}
+
 void graph_withdraw(struct node *n)
 {
-    graph_unpublish(n);
+    unpublish(n, true);
     n->graph->next_auto_name = n->first_auto_name;
 }
 

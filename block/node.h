@@ -138,7 +138,8 @@ bool graph_can_publish(const struct node *n);
 /* Out of sight, its name free: for a node that nothing uses. It is whole and can be published again
  * or closed. Children made with it that nobody else uses go with it. */
 void graph_unpublish(struct node *n);
-/* The same as the reverse of its first graph_publish(): generated names are as before. */
+/* The same as the reverse of its first graph_publish(): generated names are as before, and only the
+ * children that it brought go with it. */
 void graph_withdraw(struct node *n);
 /* Close a node that is not in sight; if `flush`, flushed before, and a failure is logged. */
 co_fn void graph_close(struct node *n, bool flush);

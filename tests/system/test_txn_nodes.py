@@ -279,6 +279,24 @@ def test_a_file_that_fails_to_open_again_keeps_the_node(d):
         assert f.read(512) == b'y' * 512
 
 
+@pytest.mark.parametrize('fails', [{}, {'dry_run': True}])
+def test_a_child_that_has_lost_its_parent_survives_another_that_is_undone(d, fails):
+    """Made with a parent that went while an export used the child; nobody owns it, and only a node that had brought it
+    may take it along."""
+    d.export('inline-file', writable=False)
+    d.cmd('blockdev-del', node_name='inline')
+    d.cmd('block-export-del', id='exp-inline-file')
+    d.qmp.event('BLOCK_EXPORT_DELETED')
+    before = whole_state(d)
+    assert 'inline-file' in names(d)
+    actions = [add('raw', 'n', file='inline-file'), add('raw', 'm', file='inline-file')]
+    if fails:
+        assert txn(d, actions, **fails)['outcome'] == 'would-commit'
+    else:
+        pytest.raises(QmpError, txn, d, [*actions, ABORT])
+    assert whole_state(d) == before
+
+
 # ---------------------------------------------------------------- lists that cannot be
 
 def raw(name, file):
