@@ -438,8 +438,8 @@ static int check_free(struct exports *x, const struct q_block_export_options *o,
 static int check_text(const char *what, const char *text, struct tide_error *err)
 {
     if (strlen(text) > NBD_MAX_STRING)
-        return tide_fail(err, -EINVAL, "%s '%.32s...' is longer than %u bytes", what, text,
-                         NBD_MAX_STRING);
+        return tide_fail(err, -EINVAL, "%s '%s' is longer than %u bytes", what,
+                         shown_name(text).text, NBD_MAX_STRING);
     return 0;
 }
 

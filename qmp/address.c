@@ -7,14 +7,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "block/node.h"
 #include "io/io.h"
 #include "schema/types.h"
 
 static int copy(char *to, size_t size, const char *from, const char *what, struct tide_error *err)
 {
     if (strlen(from) >= size)
-        return tide_fail(err, -ENAMETOOLONG, "%s '%.60s...' is longer than %zu bytes", what, from,
-                         size - 1);
+        return tide_fail(err, -ENAMETOOLONG, "%s '%s' is longer than %zu bytes", what,
+                         shown_name(from).text, size - 1);
     strcpy(to, from);
     return 0;
 }

@@ -59,7 +59,7 @@ static int check_properties(const struct q_transaction_properties *p, struct tid
     if (p->id && !*p->id)
         return tide_fail(err, -EINVAL, "'id' is empty: give it 1 to %u bytes", STORE_ID_MAX);
     if (p->id && strlen(p->id) > STORE_ID_MAX)
-        return tide_fail(err, -EINVAL, "'id' '%.32s...' is longer than %u bytes", p->id,
+        return tide_fail(err, -EINVAL, "'id' '%s' is longer than %u bytes", shown_name(p->id).text,
                          STORE_ID_MAX);
     return 0;
 }

@@ -91,6 +91,7 @@ def test_the_last_1024_outcomes_are_known(d):
 
 @pytest.mark.parametrize('properties, why', [
     ({'id': ''}, "'id' is empty"), ({'id': 'x' * 256}, 'longer than 255 bytes'),
+    ({'id': 'x' + '\u00fc' * 150}, "\u00fc...' is longer than 255 bytes"),
     ({'id': 'x', 'dry_run': True}, "'dry-run' changes nothing"),
     ({'id': 'x', 'explain': True}, "'explain' changes nothing"),
     ({'dry_run': True, 'explain': True}, 'exclude each other')])
