@@ -137,6 +137,8 @@ co_fn void io_sleep(uint64_t ns);
 struct io_stat {
     uint64_t size;      /* bytes; for block devices the device's */
     uint64_t allocated; /* bytes on disk */
+    /* Which file it is. A block device is its number and inode 0: it may have many names that are
+     * inodes of their own. */
     uint64_t dev, ino;
     uint32_t mode; /* S_IFREG, ... */
     uint32_t nlink;

@@ -139,8 +139,8 @@ static int fill_stat(const struct stat *in, int fd, struct io_stat *out)
     *out = (struct io_stat){
         .size = in->st_size,
         .allocated = (uint64_t)in->st_blocks * 512,
-        .dev = in->st_dev,
-        .ino = in->st_ino,
+        .dev = S_ISBLK(in->st_mode) ? in->st_rdev : in->st_dev,
+        .ino = S_ISBLK(in->st_mode) ? 0 : in->st_ino,
         .mode = in->st_mode,
         .nlink = in->st_nlink,
         .align = 1,

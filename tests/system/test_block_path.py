@@ -4,6 +4,7 @@ underneath, devices, full disks, errors of real disks. What is written is compar
 import contextlib
 import os
 import random
+import stat
 
 import nbd
 import pytest
@@ -506,6 +507,30 @@ def test_block_device(tmp_path, sector, direct):
             h.trim(size, 0)
             h.flush()
         assert allocated(image) < size, 'discards are passed on'
+
+
+def test_a_block_device_is_one_by_whatever_name(tmp_path):
+    """As containers have them: a second special file of the same device is another inode. A writer through it would
+    pass the bitmaps of the first."""
+    image, other = str(tmp_path / 'image'), str(tmp_path / 'other')
+    write_file(image, bytes(SIZE))
+    with loop_device(image) as device, Daemon() as d:
+        os.mknod(other, 0o600 | stat.S_IFBLK, os.stat(device).st_rdev)
+        for node, path in (('a', device), ('b', other)):
+            d.cmd('blockdev-add', driver='host_device', node_name=node, filename=path)
+        d.cmd('block-dirty-bitmap-add', node='a', name='x')
+        with pytest.raises(QmpError, match="node 'a' has bitmaps"):
+            d.export('b')
+        with pytest.raises(QmpError, match="is the file of source 'a' itself"):
+            d.cmd('drive-backup', job_id='j', device='a', target=other, sync='full', mode='existing')
+        actions = [{'type': 'block-dirty-bitmap-add', 'data': {'node': 'a', 'name': 'y'}},
+                   {'type': 'block-export-add', 'data': {'type': 'nbd', 'id': 'e', 'node-name': 'b', 'writable': True}}]
+        told = d.cmd('transaction', actions=actions, properties={'explain': True})
+        assert [(e['on'], e['action']) for e in told['dependencies']] == [(0, 1)]
+        d.cmd('block-dirty-bitmap-remove', node='a', name='x')
+        d.export('b')
+        with pytest.raises(QmpError, match='cannot be tracked'):
+            d.cmd('block-dirty-bitmap-add', node='a', name='x')
 
 
 # ---------------------------------------------------------------- full disks and broken ones
