@@ -44,7 +44,7 @@ static void run_on(enum io_kind kind, void (*body)(struct io *))
     io_free(r.io);
 }
 
-static uint64_t soon(struct io *io)
+static inline uint64_t soon(struct io *io)
 {
     return io_now(io) + 20 * (uint64_t)SECOND; /* a deadline no healthy run meets */
 }

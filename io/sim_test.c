@@ -306,7 +306,7 @@ static void io_in_parts_is_complete(void **state)
     unsigned torn = 0, whole = 0;
     for (uint64_t seed = 0; seed < 200; seed++) {
         struct sim_world *w = sim_world_new();
-        unsigned char buf[2 * SHORT_LEN];
+        static unsigned char buf[2 * SHORT_LEN];
         memset(buf, 'a', sizeof buf);
         assert_int_equal(sim_file_write(w, "f", buf, 1024 + SHORT_LEN, 0), 0);
         bool parts = seed % 2;

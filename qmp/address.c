@@ -23,16 +23,12 @@ static int copy(char *to, size_t size, const char *from, const char *what, struc
 static int from_unix(const struct q_unix_socket_address *u, struct io_addr *out,
                      struct tide_error *err)
 {
-    char path[sizeof out->path + 1];
     bool abstract = u->has_abstract && u->abstract;
     out->type = IO_ADDR_UNIX;
     if (!u->path[0])
         return tide_fail(err, -EINVAL, "the path of the UNIX socket is empty");
-    int r = copy(path, sizeof path - 1, u->path, "socket path", err);
-    if (r < 0)
-        return r;
-    snprintf(out->path, sizeof out->path, "%s%s", abstract ? "@" : "", path);
-    return 0;
+    out->path[0] = '@';
+    return copy(out->path + abstract, sizeof out->path - abstract, u->path, "socket path", err);
 }
 
 static int from_inet(const struct q_inet_socket_address *i, struct io_addr *out,

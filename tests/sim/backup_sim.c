@@ -66,7 +66,7 @@ static void backup_prepare(struct world *w, struct sim_config *cfg)
     cfg->direct_align = chance_one_in(dice, 2) ? 4096 : 512;
     t->n_disks = chance_one_in(dice, 3) ? 1 : t->n_sets; /* else both are of one disk */
     for (unsigned i = 0; i < t->n_disks; i++) {
-        char node[8], file[8];
+        char node[16], file[16];
         uint64_t size = SECTOR * (400 + chance_below(dice, 5000));
         snprintf(node, sizeof node, "d%u", i);
         snprintf(file, sizeof file, "f%u", i);

@@ -8,7 +8,7 @@ void scene_prepare(struct scene *s, struct world *w, unsigned n_disks)
     s->crowd.w = w;
     s->book.crowd = &s->crowd;
     for (unsigned i = 0; i < n_disks; i++) {
-        char node[8], file[8];
+        char node[16], file[16];
         snprintf(node, sizeof node, "d%u", i);
         snprintf(file, sizeof file, "f%u", i);
         struct disk *d =

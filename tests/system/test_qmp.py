@@ -219,6 +219,22 @@ def test_oob_is_refused_by_name_when_enabled(common):
         assert_works(c)
 
 
+def test_an_abstract_name_is_taken_whole_or_refused():
+    with Daemon(nbd=False) as d:
+        for n in (9, 105, 106, 107, 300):
+            name = f'{os.getpid()}-{n}-'[:n].ljust(n, 'x')
+            start = {'addr': {'type': 'unix', 'data': {'path': name, 'abstract': True}}}
+            if n > 106:
+                with pytest.raises(QmpError, match='longer than 106 bytes'):
+                    d.cmd('nbd-server-start', start)
+                continue
+            d.cmd('nbd-server-start', start)
+            with socket.socket(socket.AF_UNIX) as s:
+                s.connect('\0' + name)
+                assert s.recv(8) == b'NBDMAGIC'
+            d.cmd('nbd-server-stop')
+
+
 # ---------------------------------------------------------------- pipelining
 
 def test_pipelined_requests_are_answered_in_order(qmp):
