@@ -224,9 +224,10 @@ static int take_options(struct node *n, const struct q_blockdev_options *o,
     n->no_flush = cache && cache->has_no_flush ? cache->no_flush : parent && parent->no_flush;
     n->direct = cache && cache->has_direct ? cache->direct : parent && parent->direct;
     if (n->detect_zeroes == Q_BLOCKDEV_DETECT_ZEROES_OPTIONS_UNMAP && !n->discard_unmap)
-        return tide_fail(err, -EINVAL, "detect-zeroes=unmap needs discard=unmap on the same node");
+        return tide_fail(err, -EINVAL, "node '%s': detect-zeroes=unmap needs discard=unmap",
+                         n->name);
     if (n->force_share && !n->read_only)
-        return tide_fail(err, -EINVAL, "force-share=on needs read-only=on");
+        return tide_fail(err, -EINVAL, "node '%s': force-share=on needs read-only=on", n->name);
     return 0;
 }
 

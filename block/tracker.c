@@ -348,15 +348,16 @@ int dirty_bitmap_check_name(struct node *n, const char *name, struct tide_error 
     return 0;
 }
 
-static int pick_granularity(struct node *n, bool given, uint64_t granularity, unsigned *shift,
-                            struct tide_error *err)
+static int pick_granularity(struct node *n, const char *name, bool given, uint64_t granularity,
+                            unsigned *shift, struct tide_error *err)
 {
     if (!given)
         granularity = n->cluster ? MIN(MAX(n->cluster, 4096u), 65536u) : 65536;
     if (!is_pow2(granularity) || granularity < 512 || granularity > 2 * GIB)
         return tide_fail(err, -EINVAL,
-                         "granularity %llu is not a power of two from 512 to 2147483648",
-                         (unsigned long long)granularity);
+                         "granularity %llu of bitmap '%s' is not a power of two from 512 to "
+                         "2147483648",
+                         (unsigned long long)granularity, name);
     *shift = (unsigned)__builtin_ctzll(granularity);
     return 0;
 }
@@ -367,7 +368,7 @@ int dirty_bitmap_new(struct node *n, const char *name, uint64_t granularity, boo
     unsigned shift = 0;
     int r = dirty_bitmap_check_name(n, name, err);
     if (r == 0)
-        r = pick_granularity(n, has_granularity, granularity, &shift, err);
+        r = pick_granularity(n, name, has_granularity, granularity, &shift, err);
     if (r < 0)
         return r;
     struct dirty_bitmap *b = mem_zalloc(sizeof *b);

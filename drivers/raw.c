@@ -20,15 +20,15 @@ static int raw_open(struct node *n, const struct q_blockdev_options *o, struct t
     uint64_t whole = node_size(n->child[0]);
     s->base = n->window = raw->has_offset ? raw->offset : 0;
     if (s->base > whole)
-        return tide_fail(err, -EINVAL, "offset %llu lies past the end of node '%s' (%llu bytes)",
-                         (unsigned long long)s->base, node_name(n->child[0]),
-                         (unsigned long long)whole);
+        return tide_fail(err, -EINVAL,
+                         "node '%s': offset %llu lies past the end of its file (%llu bytes)",
+                         n->name, (unsigned long long)s->base, (unsigned long long)whole);
     n->size = whole - s->base;
     if (raw->has_size && !range_in(s->base, raw->size, whole))
         return tide_fail(err, -EINVAL,
-                         "size %llu from offset %llu does not fit node '%s' (%llu bytes)",
-                         (unsigned long long)raw->size, (unsigned long long)s->base,
-                         node_name(n->child[0]), (unsigned long long)whole);
+                         "node '%s': size %llu from offset %llu does not fit its file (%llu bytes)",
+                         n->name, (unsigned long long)raw->size, (unsigned long long)s->base,
+                         (unsigned long long)whole);
     if (raw->has_size)
         n->size = raw->size;
     return 0;
