@@ -26,7 +26,7 @@ struct way {
 struct set {
     unsigned disk;
     struct bits *b;
-    char target[8], bitmap[8];
+    char target[16], bitmap[16];
     bool synced;         /* target and bitmap stand for a backup: an incremental one may follow */
     bool sure;           /* the target is the disk between ticks q and r, durably */
     bool flush_fails;    /* a fault that is planned for this round */

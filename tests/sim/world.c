@@ -98,6 +98,7 @@ static struct job_news *job_or_new(struct qmp *q, const char *id)
 static void note_status(struct qmp *q, const char *id, const char *status)
 {
     struct job_news *j = job_or_new(q, id);
+    CHECK(id && status);
     if (!strcmp(status, "created")) {
         *j = (struct job_news){0};
         snprintf(j->id, sizeof j->id, "%s", id);
