@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a transaction tells beyond yes or no: id, dry-run, explain, query-transactions, error data."""
 import os
+import threading
 import time
 
 import nbd
@@ -80,6 +81,62 @@ def test_a_failure_is_remembered_too(d):
     assert again.desc == first.desc
     assert again.data == {**first.data, 'replayed': True}
     assert names(d) == ['b'] and names(d, 'd1') == []
+
+
+MISSING = {'type': 'blockdev-add', 'data': {'driver': 'file', 'node-name': 'n', 'filename': 'not-there'}}
+D1_FILE = {'driver': 'file', 'node-name': 'd1-file', 'filename': 'not-there'}
+GONE = [{'type': 'blockdev-del', 'data': {'node-name': 'd1'}},
+        {'type': 'blockdev-add', 'data': {'driver': 'raw', 'node-name': 'd1', 'file': D1_FILE}}]
+
+
+@pytest.mark.parametrize('actions, phase', [
+    ([MISSING], 'stage'), ([act('add', node='d0', name='b'), MISSING], 'stage'), (GONE, 'prepare')],
+    ids=['alone', 'after another', 'opened when its turn comes'])
+def test_the_phase_tells_whether_guests_were_held(d, actions, phase):
+    """A file that cannot be opened is found out before, unless the list itself makes room for its node. The
+    same when it is told again under an id."""
+    data = {'action': len(actions) - 1, 'kind': 'blockdev-add', 'phase': phase, 'undone': True}
+    first = pytest.raises(QmpError, txn, d, actions).value
+    assert first.data == data and 'not-there' in first.desc
+    for more in ({}, {'replayed': True}):
+        e = pytest.raises(QmpError, txn, d, actions, id='x').value
+        assert (e.data, e.desc) == ({**data, **more}, first.desc)
+    assert names(d) == [] and [n['node-name'] for n in d.cmd('query-named-block-nodes')] == [
+        'd1', 'd1-file', 'd0', 'd0-file']
+
+
+def told(client, actions, name):
+    """'committed', 'failed' or 'replayed', the latter with what it was."""
+    try:
+        return txn(client, actions, id=name)['outcome']
+    except QmpError as e:
+        assert e.data['kind'] == 'abort', e.data
+        return 'replayed' if e.data.get('replayed') else 'failed'
+
+
+@pytest.mark.parametrize('end, first', [([], 'committed'), ([{'type': 'abort', 'data': {}}], 'failed')],
+                         ids=['done', 'failed'])
+def test_one_of_those_who_send_one_id_at_once_runs_it(d, end, first):
+    """Opening the file lets the others in before there is an outcome; the list could be run by each."""
+    actions = [{'type': 'blockdev-add', 'data': {'driver': 'file', 'node-name': 'n', 'filename': 'd0.raw'}},
+               {'type': 'blockdev-del', 'data': {'node-name': 'n'}}, *end]
+    for turn in range(30):
+        clients = [Qmp(d.qmp_path) for _ in range(2 + turn % 3)]
+        start, outcomes = threading.Barrier(len(clients)), []
+
+        def send(client, start=start, outcomes=outcomes, name=f'turn{turn}'):
+            start.wait()
+            outcomes.append(told(client, actions, name))
+        threads = [threading.Thread(target=send, args=(c,)) for c in clients]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        for c in clients:
+            c.close()
+        assert sorted(outcomes) == sorted([first] + ['replayed'] * (len(clients) - 1))
+        logged = [t['outcome'] for t in d.cmd('query-transactions') if t.get('id') == f'turn{turn}']
+        assert sorted(logged) == sorted(outcomes)
 
 
 def test_the_last_1024_outcomes_are_known(d):
