@@ -8,15 +8,19 @@ import socket
 import threading
 import time
 
+import nbd
 import pytest
 
-from harness import MiB, Daemon, Qmp, QmpError
+from harness import DEADLINE, KiB, MiB, Daemon, Qmp, QmpError
 
 BITMAP = 'block-dirty-bitmap-'
 FORMS = ['plain', 'list']
 # Characters of one to four bytes, controls, both directions, a combining one, a name of many bytes.
 WORDS = ['a', ' ', '.', '/', '..', '\n', '\t', "'", '"', '\\', '%s%n', '\u00e9', '\u20ac', '\U0001f4be', 'e\u0301',
          '\u202eabc', '\u0000', '\x7f', '\ufeff', 'x' * 1022 + 'y', '\u20ac' * 341, '\U0001f4be' * 255 + 'abc']
+
+# Each bitmap and where it is dirty: no two in one place, or a merge would not show.
+BITS = {('d0', 'a'): MiB, ('d0', 't'): 3 * MiB, ('d1', 'b'): 2 * MiB, ('small', 's'): 512 * KiB}
 
 
 @pytest.fixture(scope='module')
@@ -25,11 +29,25 @@ def daemon():
         d.add_disk('d0', 4 * MiB)
         d.add_disk('d1', 4 * MiB)
         d.add_disk('small', MiB)
-        d.cmd(BITMAP + 'add', node='d0', name='a')
-        d.cmd(BITMAP + 'add', node='d0', name='t', granularity=4096)
-        d.cmd(BITMAP + 'add', node='d1', name='b')
-        d.cmd(BITMAP + 'add', node='small', name='s')
+        for (node, name), at in BITS.items():
+            d.cmd(BITMAP + 'add', node=node, name=name, **({'granularity': 4096} if name == 't' else {}))
+            write(d, node, at)
+            d.cmd(BITMAP + 'disable', node=node, name=name)
+        for node, name in BITS:
+            d.cmd(BITMAP + 'enable', node=node, name=name)
+            assert d.ranges(node, name) == [(BITS[node, name], 64 * KiB)]
         yield d
+
+
+def write(d, node, at):
+    """Of a guest; nothing of its export is left."""
+    d.export(node)
+    h = nbd.NBD()
+    h.connect_uri(d.uri(node))
+    h.pwrite(b'\x5a' * 64 * KiB, at)
+    h.shutdown()
+    d.cmd('block-export-del', id='exp-' + node)
+    d.qmp.event('BLOCK_EXPORT_DELETED')
 
 
 def act(kind, **data):
@@ -92,7 +110,15 @@ def test_targets_and_sizes(d, form, data, why):
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('sources', [[], ['t'], ['t', 't', 't'], ['a'] * 5000, [{'node': 'd1', 'name': 'b'}, 'a'] * 2500])
 def test_nothing_oneself_and_thousands_are_fine(d, form, sources):
+    """Into a copy that stands for t: then t itself, its generation too, is what it was."""
+    d.cmd(BITMAP + 'rename', node='d0', name='t', new_name='kept')
+    d.cmd(BITMAP + 'copy', node='d0', name='t', bitmaps=['kept'])
     send(d, form, 'merge', node='d0', target='t', bitmaps=sources)
+    of = {'t'} | {s if isinstance(s, str) else s['name'] for s in sources}
+    assert d.ranges('d0', 't') == sorted((at, 64 * KiB) for (_, name), at in BITS.items() if name in of)
+    assert d.ranges('d0', 'a') == [(MiB, 64 * KiB)] and d.ranges('d1', 'b') == [(2 * MiB, 64 * KiB)]
+    d.cmd(BITMAP + 'remove', node='d0', name='t')
+    d.cmd(BITMAP + 'rename', node='d0', name='kept', new_name='t')
 
 
 # ---------------------------------------------------------------- names and numbers
@@ -179,6 +205,37 @@ def test_a_list_of_100_000_actions(d):
         d.cmd('transaction', actions=[*adds[:-1], {'type': 'abort', 'data': {}}])
     assert e.value.data['action'] == 99_999
     assert [b['name'] for b in d.node('d1')['dirty-bitmaps']] == ['b']
+
+
+def answers(path, stop, out):
+    """How often a client that asks all the time was answered."""
+    other = Qmp(path)
+    while not stop.is_set():
+        other.cmd('query-version')
+        out.append(True)
+    other.close()
+
+
+def test_a_list_of_100_000_actions_that_is_carried_out(d):
+    """And others are answered meanwhile."""
+    text = json.dumps({'execute': 'transaction', 'arguments': {'actions': [
+        act('add', node='d1', name='x'), act('remove', node='d1', name='x')] * 50_000}}).encode()
+    stop, out, q = threading.Event(), [], Qmp(d.qmp_path)
+    q.sock.settimeout(10 * DEADLINE)  # a sanitizer on a busy machine needs half a minute
+    watcher = threading.Thread(target=answers, args=(d.qmp_path, stop, out))
+    watcher.start()
+    try:
+        q.sock.sendall(text)  # as one piece: making it here would keep the watcher from asking
+        before = len(out)
+        assert q.reply() == {'return': {}}
+        meanwhile = len(out) - before
+    finally:
+        stop.set()
+        watcher.join()
+    q.close()
+    done = d.cmd('query-transactions')[0]
+    assert (done['n-actions'], done['outcome']) == (100_000, 'committed')
+    assert meanwhile >= 10, meanwhile
 
 
 def longest_silence(path, stop, out):
