@@ -4,6 +4,7 @@ bitmap (7.2). Each row is run as the plain command and as a list of one action, 
 qemu-storage-daemon.
 """
 import itertools
+import os
 import re
 
 import pytest
@@ -74,12 +75,16 @@ FAULTS = {
 }
 
 
-def ask(d, form, *changes):
-    args = backup_args('s', 't')
+def ask(d, form, *changes, kind='blockdev-backup', **good):
+    args = {**backup_args('s', 't'), **good}
     for c in changes:
         args.update(c)
-    d.cmd(*(('blockdev-backup', args) if form == 'plain' else
-            ('transaction', {'actions': [{'type': 'blockdev-backup', 'data': args}]})))
+    d.cmd(*((kind, args) if form == 'plain' else ('transaction', {'actions': [{'type': kind, 'data': args}]})))
+
+
+def ask_drive(d, form, *changes):
+    """The same of drive-backup, to a file that is not there."""
+    ask(d, form, *changes, kind='drive-backup', target=d.path('new.raw'), format='raw')
 
 
 def says(d, fault, text):
@@ -105,6 +110,34 @@ def test_refused(sides, fault, form):
         return e.value.cls
 
     sides.both(story, 'GenericError')
+
+
+ABOUT_TARGETS = ['target', 'bitmap-of-target', 'same-node', 'busy-target', 'sizes']
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('fault', [f for f in FAULTS if f not in ABOUT_TARGETS])
+def test_drive_backup_refused(sides, fault, form):
+    """For the same reasons. Ours leaves no file, on purpose; the reference may have made it by then."""
+    def story(d):
+        cast(d)
+        before = bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]
+        d.qmp.events.clear()
+        with pytest.raises(QmpError) as e:
+            ask_drive(d, form, FAULTS[fault][0])
+        assert says(d, fault, e.value.desc), e.value.desc
+        assert d.kind == 'qsd' or d.qmp.events == [] and not os.path.exists(d.path('new.raw'))
+        assert (bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]) == before
+        d.qmp.events.clear()
+        ask_drive(d, form)  # and nothing is left in use
+        assert end_of(d, 'j') == OK
+        return e.value.cls, content(d.path('new.raw')) == content(d.path('s.raw'))
+
+    if fault == 'none-with-bitmap':
+        # The reference wants the new file to have a backing file then, and says so of raw ones first.
+        assert story(sides.ours) == ('GenericError', True)
+    else:
+        sides.both(story, ('GenericError', True))
 
 
 @pytest.mark.parametrize('form', FORMS)

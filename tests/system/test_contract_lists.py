@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from backup_tools import GRANULE, OK, ONE_BY_ONE, backup_args, faulty, fill, job, until, wait_copied, wait_status
+from backup_tools import GRANULE, OK, ONE_BY_ONE, backup_args, content, faulty, fill, job, until, wait_copied, wait_status
 from contract_tools import BITMAP, FORMS, add_slow, attempt, bitmaps, bits, in_time, job_events, refusal, write
 from harness import DEADLINE, MiB, QmpError
 
@@ -249,6 +249,25 @@ def test_backup_after_clear_copies_nothing(sides):
         return told, done[0][1]['len'], bitmaps(d, 'a')
 
     sides.both(story, ('ok', 0, {**ALL, 'm': (bits(), REC)}))
+
+
+def granules(path):
+    """Those in which there is anything."""
+    data = content(path)
+    return {g for g in range(len(data) // GRANULE) if any(data[g * GRANULE:(g + 1) * GRANULE])}
+
+
+def test_backup_after_merge_copies_what_either_held(sides):
+    """And nothing else."""
+    def story(d):
+        two_disks(d)
+        told = run(d, merge('m', 'off'), backup('j', 'a', 'ta', sync='incremental', bitmap='m'))
+        done = [e for e in job_events(d, 'j') if e[0] == 'BLOCK_JOB_COMPLETED']
+        source, target = content(d.path('a.raw')), content(d.path('ta.raw'))
+        same = all(source[g * GRANULE:(g + 1) * GRANULE] == target[g * GRANULE:(g + 1) * GRANULE] for g in (0, 1, 3))
+        return told, done[0][1]['len'], granules(d.path('ta.raw')), same, bitmaps(d, 'a')
+
+    sides.both(story, ('ok', 3 * GRANULE, {0, 1, 3}, True, {**ALL, 'm': (bits(), REC)}))
 
 
 @pytest.mark.parametrize('then', ['clear', 'enable', 'disable', 'remove', 'merge-from', 'merge-into', 'backup'])

@@ -358,7 +358,8 @@ def test_formats(d):
     assert read(d.path('same')) == read(d.path('d0.raw'))
 
 
-def test_other_arguments_as_blockdev_backup(d):
+@pytest.mark.parametrize('form', ['plain', 'list'])
+def test_other_arguments_as_blockdev_backup(d, form):
     """Same rules, same words; no file is left however late it is refused."""
     d.cmd('block-dirty-bitmap-add', node='d0', name='b')
     d.cmd('blockdev-add', driver='null-co', node_name='t', size=SIZE)
@@ -366,12 +367,12 @@ def test_other_arguments_as_blockdev_backup(d):
                     {'sync': 'full', 'bitmap': 'b'}, {'sync': 'none', 'bitmap': 'b', 'bitmap_mode': 'always'},
                     {'bitmap_mode': 'always'}, {'speed': -1}, {'job': ''}, {'job': '1x'}, {'x_perf': {'max-workers': 0}},
                     {'x_perf': {'max-chunk': 512}}, {'filter_node_name': 'f'}):
-        mine = refused(d, target='new', **options)
+        mine = refused(d, form, target='new', **options)
         other = backup('t', **options)['data']
         with pytest.raises(QmpError) as e:
             d.cmd('blockdev-backup', other)
         assert e.value.desc == mine, options
-    assert "'new' cannot be compressed" in refused(d, target='new', compress=True)
+    assert "'new' cannot be compressed" in refused(d, form, target='new', compress=True)
 
 
 def test_job_ids_of_one_list(d):
