@@ -56,7 +56,7 @@ NO_GUEST = '--deselect=tests/interop/test_nbd_content.py::test_a_guest_boots_and
 # What a client is told does not depend on the engine: one of them is enough, but for --long.
 ANY_ENGINE = [] if LONG else ['--ignore=tests/system/test_' + name + '.py' for name in (
     'contract_bitmaps', 'contract_jobs', 'contract_backup', 'contract_lists', 'contract_table', 'diff_qsd',
-    'explain_swaps', 'library')]
+    'examples', 'explain_swaps', 'library')]
 
 
 def lanes():
