@@ -229,11 +229,49 @@ def test_explain_refuses_what_the_schema_does_not_know(tool):
     tool.fails('explain', '-', '--dot', '--json', stdin=LIST, code=2)
 
 
+DOT_WORD = re.compile(r'\s*("(?:[^"\\]|\\.)*"|\w+|->|[][{};=])', re.S)
+
+
+def parse_dot(text):
+    """A graph in as much of the language as is used here: ({node: label}, {(from, to): label})."""
+    words, at = [], 0
+    text = text.rstrip()
+    while at < len(text):
+        m = DOT_WORD.match(text, at)
+        assert m, text[at:]
+        words.append(m[1])
+        at = m.end()
+    assert words[:3] == ['digraph', 'transaction', '{'] and words[-1] == '}', words
+    nodes, edges = {}, {}
+    rest = words[3:-1]
+    while rest:
+        end = rest.index(';')
+        statement, rest = rest[:end], rest[end + 1:]
+        assert statement[-5:][::2] == ['[', '=', ']'], statement
+        key, value = statement[-4], statement[-2]
+        if statement[:-5] == ['node']:
+            continue
+        assert key == 'label' and value[0] == '"', statement
+        label = re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], value[1:-1])
+        if len(statement) == 6:
+            nodes[statement[0]] = label
+        else:
+            a, arrow, b = statement[:-5]
+            assert arrow == '->' and a in nodes and b in nodes, statement
+            edges[a, b] = label
+    return nodes, edges
+
+
 def test_explain_as_a_graph(tool):
-    text = 'add disk0/"a\\"b"\nclear disk0/"a\\"b"\n'
+    """Read by a small grammar, and by Graphviz where it is installed: what is in the JSON is in the graph."""
+    text = 'add disk0/"a\\"b"\nclear disk0/"a\\"b"\nadd disk1/"x\\\\"\nadd disk1/"a\\nb"\nclear disk1/"x\\\\"\n'
     out = tool('explain', '-', '--dot', stdin=text)
     assert out.startswith('digraph transaction {') and out.endswith('}\n')
-    assert r'a0 [label="0: add disk0/\"a\\\"b\""];' in out and 'a0 -> a1 [label="' in out
+    nodes, edges = parse_dot(out)
+    assert list(nodes) == [f'a{i}' for i in range(5)] and nodes['a0'] == '0: add disk0/"a\\"b"'
+    told = json.loads(tool('explain', '-', '--json', stdin=text))['dependencies']
+    assert edges == {(f"a{e['on']}", f"a{e['action']}"): '\n'.join(c['name'] for c in e['because']) for e in told}
+    assert list(edges) == [('a0', 'a1'), ('a2', 'a4')]
     if shutil.which('dot'):
         subprocess.run(['dot', '-Tsvg'], input=out, text=True, check=True, stdout=subprocess.DEVNULL)
 
