@@ -246,6 +246,7 @@ int main(void)
     static const struct scenario faults = {.name = "faults_in_lists",
                                            .state_size = sizeof(struct faults),
                                            .n_seeds = 8,
+                                           .weight = 100,
                                            .prepare = prepare,
                                            .live = live,
                                            .finish = finish};

@@ -3,9 +3,9 @@
 
 Random lists of all kinds over a few names, so that most actions meet another. Wherever explain shows no
 edge between two neighbours, both orders are run dry: each action has to see and do the same, and to fail
-with the same words (but for the names in them: of several that stand in the way, an error names one). Lists that would be carried out are, in the one order on one daemon and in the other on
-another, and the daemons have to agree about everything. TIDEMARK_FUZZ_LISTS (100) lists;
-TIDEMARK_FUZZ_SEED repeats a run.
+with the same words (but for the names in them: of several that stand in the way, an error names one).
+Lists that would be carried out are, in the one order on one daemon and in the other on another, and the
+daemons have to agree about everything. TIDEMARK_SWAP_LISTS (100) lists; TIDEMARK_SWAP_SEED repeats a run.
 """
 import os
 import random
@@ -15,7 +15,7 @@ import nbd
 
 from harness import KiB, MiB, Daemon
 
-LISTS = int(os.environ.get('TIDEMARK_FUZZ_LISTS', '100'))
+LISTS = int(os.environ.get('TIDEMARK_SWAP_LISTS', '100'))
 SIZE = 4 * MiB
 NODES = ['f0', 'f1', 'r0', 'r1', 'r3', 's0', 's1']  # r3 beside r0; s0 and s1 over one file
 PATHS = ['disk', './disk', 'hard', 'soft', 'here/disk', 'else', 'dir/../else', 'no/such']
@@ -186,8 +186,8 @@ def check_real(a, b, actions, other):
 
 
 def test_neighbours_without_an_edge_may_be_swapped():
-    seed = int(os.environ.get('TIDEMARK_FUZZ_SEED', '1'))
-    print(f'TIDEMARK_FUZZ_SEED={seed} TIDEMARK_FUZZ_LISTS={LISTS}')
+    seed = int(os.environ.get('TIDEMARK_SWAP_SEED', '1'))
+    print(f'TIDEMARK_SWAP_SEED={seed} TIDEMARK_SWAP_LISTS={LISTS}')
     r = random.Random(seed)
     n_swaps = n_real = 0
     with Daemon() as da, Daemon() as db:

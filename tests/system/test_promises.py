@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Promises of docs/promises.md that belong to no other file: the two commands and the demonstration,
 the portable engine where io_uring is forbidden, loops, very large disks, what the manuals contain."""
+import glob
 import json
 import os
 import pty
@@ -61,6 +62,20 @@ def test_ci_runs_check(tmp_path):
     (tmp_path / 'check').write_text('#!/bin/sh\necho checked\nexit 3\n')
     os.chmod(tmp_path / 'check', 0o755)
     assert run(str(tmp_path / '.ci/run'), code=3, cwd='/').stdout == 'checked\n'
+
+
+def test_each_number_of_the_long_check_is_of_one_test():
+    """Lists of one test take as long as a hundred of another: none shares its number, and none is misspelled."""
+    with open(os.path.join(ROOT, 'scripts/check.py')) as f:
+        names = re.findall(r"'(TIDEMARK_\w+)': '\d+'", f.read())
+    assert len(names) >= 4
+    readers = {n: [] for n in names}
+    for path in glob.glob(os.path.join(ROOT, 'tests/system/test_*.py')):
+        with open(path) as f:
+            asked = set(re.findall(r"environ\.get\('(TIDEMARK_\w+)'", f.read()))
+        for n in asked.intersection(names):
+            readers[n].append(path)
+    assert {n: len(paths) for n, paths in readers.items()} == dict.fromkeys(names, 1), readers
 
 
 def with_fakes(tmp_path, uid, packages, apt='exit 0'):
