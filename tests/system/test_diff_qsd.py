@@ -7,6 +7,8 @@ running that QEMU inserts while it drains). What differs on purpose is not run o
 what and why. TIDEMARK_DIFF_SEEDS (2) runs of TIDEMARK_DIFF_STEPS (400) steps; TIDEMARK_DIFF_SEED=N runs
 seed N alone.
 """
+import collections
+import itertools
 import os
 import random
 import time
@@ -14,6 +16,7 @@ import time
 import nbd
 import pytest
 
+from backup_tools import ONE_BY_ONE, faulty
 from harness import DEADLINE, KiB, MiB, Daemon, which
 
 STEPS = int(os.environ.get('TIDEMARK_DIFF_STEPS', '400'))
@@ -21,7 +24,10 @@ SEEDS = range(int(os.environ.get('TIDEMARK_DIFF_SEEDS', '2')))
 if 'TIDEMARK_DIFF_SEED' in os.environ:
     SEEDS = [int(os.environ['TIDEMARK_DIFF_SEED'])]
 BITMAP = 'block-dirty-bitmap-'
-SIZES = {'d': 4 * MiB, 'e': 4 * MiB, 'f': MiB, 't0': 4 * MiB, 't1': 4 * MiB, 't2': 4 * MiB, 'u': MiB}
+SIZES = {'d': 4 * MiB, 'e': 4 * MiB, 'f': MiB, 't0': 4 * MiB, 't1': 4 * MiB, 't2': 4 * MiB, 'u': MiB,
+         'below': 4 * MiB}
+FILES = {'old0': 4 * MiB, 'old1': 4 * MiB, 'old2': MiB}  # targets of drive-backup that are there
+BACKUPS = ['blockdev-backup', 'drive-backup']
 SOURCES = ['d', 'e', 'f']
 NAMES = ['p', 'q', 'r']
 JOBS = ['j0', 'j1', 'j2']
@@ -36,6 +42,8 @@ REASONS = {
     'grouped bitmaps': 'grouped completion concerns jobs; any action may stand in such a list (L7)',
     'always in a list': 'a failed list with bitmap-mode=always leaves its bitmap all dirty in QEMU; here as it was (L2)',
     'grouped and failed': 'a grouped list that fails when two of its jobs are made hangs qemu-storage-daemon 7.2',
+    'drive-backup with sync=none': 'QEMU puts the source below the target as its backing file, which a raw one cannot have',
+    'write over a broken target': 'where old data cannot be kept QEMU fails the write of the guest; here the job fails',
     'second backup of a target': 'a job wants its target for itself; QEMU checks it by its own rules of sharing',
 }
 
@@ -49,6 +57,10 @@ class Subject:
         self.failed_at = 0
         for node, size in SIZES.items():
             daemon.add_disk(node, size)
+        for name, size in FILES.items():
+            with open(daemon.path(name), 'wb') as f:
+                f.truncate(size)
+        faulty(daemon, 'bad', 'below', {'iotype': 'write'})
         for node in SOURCES:
             daemon.export(node)
             self.handle[node] = nbd.NBD()
@@ -137,10 +149,26 @@ def without_pairs(words):
 
 # ---------------------------------------------------------------- making steps
 
+def full_backup(job, kind, **more):
+    return {'type': kind, 'data': {'job-id': job, 'device': 'd', 'sync': 'full', **more}}
+
+
+def plain(a):
+    return {'execute': a['type'], 'arguments': a['data']}
+
+
+NEW, OLD = {'target': 'new0', 'format': 'raw'}, {'target': 'old0', 'mode': 'existing', 'format': 'raw'}
+# What chance brings seldom begins each sequence.
+BEGIN = [{'execute': 'write', 'writes': [('d', 64 * KiB, 4 * KiB)]}, plain(full_backup('j0', 'blockdev-backup', target='bad')),
+         plain(full_backup('j0', 'drive-backup', **NEW)),
+         {'execute': 'transaction', 'arguments': {'actions': [full_backup('j1', 'drive-backup', **OLD)]}}]
+
+
 class Maker:
     def __init__(self, rng):
         self.r = rng
         self.forever = set()
+        self.n_files = 0
 
     def bitmap_action(self):
         r = self.r
@@ -172,7 +200,19 @@ class Maker:
         for member in ('auto-finalize', 'auto-dismiss'):
             if r.random() < 0.3:
                 data[member] = False
+        if r.random() < 0.25:
+            return {'type': 'drive-backup', 'data': {**data, **self.file()}}
+        if r.random() < 0.3:
+            # A target that fails; one at a time. (A job that ignores what always fails tries it for ever.)
+            data.update({'target': 'bad', 'on-target-error': r.choice(['report', 'stop', 'enospc']), 'x-perf': ONE_BY_ONE})
         return {'type': 'blockdev-backup', 'data': data}
+
+    def file(self):
+        """Where a drive-backup goes to: a file that is there, or one that has never been."""
+        if self.r.random() < 0.5:
+            return {'target': self.r.choice(list(FILES)), 'mode': 'existing', 'format': 'raw'}
+        self.n_files += 1
+        return {'target': f'new{self.n_files}', 'mode': 'absolute-paths', 'format': 'raw'}
 
     def job_verb(self):
         r = self.r
@@ -199,7 +239,7 @@ class Maker:
 
     def step(self):
         r = self.r
-        what = r.choices(['write', 'plain', 'list', 'backup', 'verb', 'export'], [10, 14, 12, 5, 12, 5])[0]
+        what = r.choices(['write', 'plain', 'list', 'backup', 'verb', 'export'], [10, 14, 12, 7, 12, 5])[0]
         if what == 'write':
             return {'execute': 'write', 'writes': [
                 (n, r.randrange(0, SIZES[n] - 64 * KiB, 512), r.choice([512, 4 * KiB, 64 * KiB]))
@@ -210,7 +250,7 @@ class Maker:
             return self.export()
         if what in ('plain', 'backup'):
             a = self.backup() if what == 'backup' else self.bitmap_action()
-            return {'execute': a['type'], 'arguments': a['data']}
+            return plain(a)
         actions = [self.bitmap_action() if r.random() < 0.75 else self.backup() for _ in range(r.randrange(1, 7))]
         if r.random() < 0.1:
             node, name = r.choice(SOURCES), r.choice(NAMES)
@@ -221,7 +261,7 @@ class Maker:
         if r.random() < 0.2:
             arguments['properties'] = {'completion-mode': 'grouped'}
             if r.random() < 0.8:
-                arguments['actions'] = [a for a in actions if a['type'] == 'blockdev-backup'] or [self.backup()]
+                arguments['actions'] = [a for a in actions if a['type'] in BACKUPS] or [self.backup()]
         return {'execute': 'transaction', 'arguments': arguments}
 
 
@@ -247,7 +287,7 @@ def differs_on_purpose(step, exists):
     actions, a_list = actions_of(step), step['execute'] == 'transaction'
     removed, targets = set(), set()
     if a_list and step['arguments'].get('properties') and \
-            any(a['type'] != 'blockdev-backup' for a in actions):
+            any(a['type'] not in BACKUPS for a in actions):
         return 'grouped bitmaps'
     for a in actions:
         if a['type'] == BITMAP + 'merge' and not a['data']['bitmaps']:
@@ -260,14 +300,22 @@ def differs_on_purpose(step, exists):
             exists.setdefault(names_of(a)[0], False)
         if a_list and a['type'] in (BITMAP + 'enable', BITMAP + 'disable') and exists.get(names_of(a)[0], True):
             return 'failed switch'
-        if a['type'] == 'blockdev-backup':
+        if a['type'] in BACKUPS:
             exists.update({name: True for name in names_of(a) if name in exists})
             if len(actions) > 1 and a['data'].get('bitmap-mode') == 'always':
                 return 'always in a list'
+            if a['type'] == 'drive-backup' and a['data']['sync'] == 'none':
+                return 'drive-backup with sync=none'
             if a['data']['target'] in targets:
                 return 'second backup of a target'
             targets.add(a['data']['target'])
     return None
+
+
+def reached(step, error, events):
+    """What has been tried with success, and how jobs fared."""
+    kinds = [a['type'] for a in actions_of(step)] if error is None else []
+    return [*kinds, *(word for words in events.values() for word in words)]
 
 
 # ---------------------------------------------------------------- the test
@@ -278,29 +326,30 @@ def test_random_sequences(seed):
     rng = random.Random(seed)
     seen = dict.fromkeys(REASONS, 0)
     maker = Maker(rng)
-    log, succeeded = [], 0
+    log, succeeded, happened = [], 0, collections.Counter()
     with Daemon() as ours, Daemon(kind='qsd', quit_check=False) as theirs:
         subjects = [Subject(ours), Subject(theirs)]
         target_of = {}
         before = subjects[0].dump()
-        for _ in range(STEPS):
-            step = maker.step()
+        for step in itertools.chain(BEGIN, (maker.step() for _ in range(STEPS))):
             nodes, jobs, _exports = before
             exists = {(n, name): row['busy'] for n, rows in nodes.items() for name, row in rows.items()}
             why = differs_on_purpose(step, exists)
             in_use = {target_of[j] for j in jobs if j in target_of and jobs[j][0] != 'concluded'}
-            if why is None and any(a['type'] == 'blockdev-backup' and a['data']['target'] in in_use
+            if why is None and any(a['type'] in BACKUPS and a['data']['target'] in in_use
                                    for a in actions_of(step)):
                 why = 'second backup of a target'
+            if step['execute'] == 'write' and 'bad' in in_use:
+                why = 'write over a broken target'
             if why:
                 seen[why] += 1
                 continue
             log.append(step)
             for a in actions_of(step):
-                if a['type'] == 'blockdev-backup' and a['data']['job-id'] not in jobs:
+                if a['type'] in BACKUPS and a['data']['job-id'] not in jobs:
                     (maker.forever.add if a['data']['sync'] == 'none' else maker.forever.discard)(a['data']['job-id'])
                     target_of[a['data']['job-id']] = a['data']['target']
-            made = [a['data']['job-id'] for a in actions_of(step) if a['type'] == 'blockdev-backup']
+            made = [a['data']['job-id'] for a in actions_of(step) if a['type'] in BACKUPS]
             grouped = step.get('arguments', {}).get('properties') is not None
             for s in subjects:
                 s.forever = set(maker.forever)
@@ -321,7 +370,9 @@ def test_random_sequences(seed):
                 compare(context, 'events', *events)
             before = dumps[0]
             succeeded += results[0] is None
+            happened.update(reached(step, results[0], events[0]))
         for s in subjects:
             s.close()
     assert len(log) > STEPS / 2, seen
     assert succeeded > len(log) / 4
+    assert happened['drive-backup'] >= 2 and {'BLOCK_JOB_ERROR', 'BLOCK_JOB_COMPLETED!'} <= happened.keys(), happened
