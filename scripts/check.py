@@ -53,6 +53,12 @@ def pytest(name, build, *args, env=None, limit=1200):
 NO_GUEST = '--deselect=tests/interop/test_nbd_content.py::test_a_guest_boots_and_is_backed_up_while_it_writes'
 
 
+# Nodes exchanged under clients who read and write.
+UNDER_SWAPS = ['tests/system/test_txn_exports.py::test_' + name for name in (
+    'every_write_is_on_one_side_of_the_swap', 'qemu_io_notices_nothing', 'clients_that_are_killed_amid_swaps',
+    'reads_that_go_straight_from_the_file')]
+
+
 # What a client is told does not depend on the engine: one of them is enough, but for --long.
 ANY_ENGINE = [] if LONG else ['--ignore=tests/system/test_' + name + '.py' for name in (
     'contract_bitmaps', 'contract_jobs', 'contract_backup', 'contract_lists', 'contract_table', 'diff_qsd',
@@ -81,7 +87,7 @@ def lanes():
                 env={'TIDEMARK_ENGINE': 'portable'}, limit=hours),
          pytest('threads', 'build-tsan', 'tests/interop', 'tests/system/test_cbw.py',
                 'tests/system/test_transaction.py', 'tests/system/test_isolation.py',
-                'tests/system/test_slow_disk.py',
+                'tests/system/test_slow_disk.py', *UNDER_SWAPS,
                 'tests/system/test_block_path.py::test_parts_of_a_block_written_at_once', NO_GUEST, limit=hours),
          meson('cross', 'build', '--suite', 'cross')],
         [nice(Stage('tidy', [PYTHON, 'scripts/tidy.py', *(['--deep'] if LONG else [])], limit=hours)),
