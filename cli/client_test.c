@@ -98,7 +98,7 @@ TEST(client_talks)
     assert_string_equal(err.msg, "no such thing");
     assert_int_equal(client_call(c, "x", NULL, NULL, &err), CLIENT_REFUSED);
     assert_false(client_unknown_command(&err));
-    assert_int_equal(client_wait_close(c, 5000, &err), 0);
+    assert_int_equal(client_wait_gone(c, 5000, &err), 0);
     close_player(&d, c, pid);
 }
 

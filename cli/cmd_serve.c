@@ -401,6 +401,6 @@ int cmd_stop(struct cli *c)
         return code;
     int r = client_call(c->client, "quit", NULL, NULL, &err);
     if (r == 0)
-        r = client_wait_close(c->client, STOP_TIMEOUT_MS, &err);
+        r = client_wait_gone(c->client, STOP_TIMEOUT_MS, &err);
     return r < 0 ? cli_fail(&err) : CLI_DONE;
 }

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -22,8 +23,8 @@
 #define MESSAGE_MAX ((size_t)1 << 30) /* a peer that sends more without an end is no QMP server */
 
 struct client {
-    int fd;
-    char *buf; /* `used` bytes of `size`; the first `scanned` of them have been looked at */
+    int fd, daemon; /* a pidfd, -1: it cannot be told which process it is */
+    char *buf;      /* `used` bytes of `size`; the first `scanned` of them have been looked at */
     size_t used, size, scanned;
     unsigned depth; /* open brackets at `scanned` */
     bool in_string, escaped;
@@ -308,14 +309,36 @@ int client_event(struct client *c, int timeout_ms, json_t **event, struct tide_e
     return next_object(c, timeout_ms < 0 ? -1 : now_ms() + timeout_ms, true, event, err);
 }
 
-int client_wait_close(struct client *c, int timeout_ms, struct tide_error *err)
+/* Nobody knows the process of another container; who listens for himself does not wait for that. */
+static int daemon_of(int fd)
+{
+    struct ucred peer;
+    socklen_t len = sizeof peer;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0 ||
+        peer.pid == getpid())
+        return -1;
+    return (int)syscall(SYS_pidfd_open, peer.pid, 0);
+}
+
+static int wait_process(struct client *c, int64_t deadline, struct tide_error *err)
+{
+    struct pollfd p = {.fd = c->daemon, .events = POLLIN};
+    int r = 0;
+    while (c->daemon >= 0 && (r = poll(&p, 1, left_ms(deadline))) <= 0) {
+        if (r == 0 || errno != EINTR)
+            return tide_fail(err, -ETIMEDOUT, "the daemon still runs");
+    }
+    return 0;
+}
+
+int client_wait_gone(struct client *c, int timeout_ms, struct tide_error *err)
 {
     int64_t deadline = now_ms() + timeout_ms;
     for (;;) {
         json_t *message;
         int r = next_object(c, deadline, false, &message, err);
         if (r == CLIENT_UNREACHABLE)
-            return 0;
+            return wait_process(c, deadline, err);
         if (r < 0)
             return r;
         if (!message)
@@ -390,6 +413,7 @@ int client_open(const char *path, struct client **out, struct tide_error *err)
         return no_memory(err);
     }
     c->fd = fd;
+    c->daemon = daemon_of(fd);
     c->timeout_ms = GREETING_TIMEOUT_MS;
     c->events = json_array();
     r = c->events ? negotiate(c, path, err) : no_memory(err);
@@ -407,6 +431,8 @@ void client_close(struct client *c)
     if (!c)
         return;
     close(c->fd);
+    if (c->daemon >= 0)
+        close(c->daemon);
     json_decref(c->events);
     json_decref(c->error_data);
     mem_free(c->buf);

@@ -76,6 +76,10 @@ def test_serve_status_stop(tmp_path):
     finally:
         run('stop')
     run('status', code=5)
+    for _ in range(10):  # what `stop` waits for is the end of the process, which takes its files away
+        assert os.listdir(tmp_path / 'run') == []
+        run('serve', '--dir', 'run', 'one=a disk.raw')
+        run('stop')
 
 
 def test_bitmap_commands(tool):
