@@ -190,7 +190,7 @@ def qsd_does_right(actions, outcome):
 # ---------------------------------------------------------------- the test
 
 def test_a_list_is_its_commands_one_by_one():
-    seed = int(os.environ.get('TIDEMARK_FUZZ_SEED', str(random.SystemRandom().randrange(2 ** 32))))
+    seed = int(os.environ.get('TIDEMARK_FUZZ_SEED', '1'))
     print(f'TIDEMARK_FUZZ_SEED={seed} TIDEMARK_FUZZ_LISTS={LISTS}')
     r = random.Random(seed)
     with contextlib.ExitStack() as stack:
