@@ -14,6 +14,7 @@
  * clients with a list each, instead of a list and a plain command), NO_CLIENT2 (no plain command).
  * Variants that are right too: COMMIT_FIFO (discard first to last), DRAIN_2PL (quiesce a disk at the
  * first action that names it), JOB_ANYTIME (a job may end inside another's list).
+ * NO_LAWS: nothing is asserted; for a mutant that is to be refuted by a formula alone.
  * Mutants: M_...; the runner has the list. */
 #ifndef MAXACT
 #define MAXACT 3
@@ -38,7 +39,9 @@ bit stopped;                 /* outcome unknown: the store is not served any mor
 /* Who broke the rule that a later comparison finds broken, told apart with -DWHY. In the engine as it
  * is nobody does, and this stays 0. */
 byte why; /* 5: a write or a command came between; 9: a plain command did not quiesce */
-#ifdef WHY
+#ifdef NO_LAWS
+#define LAW(nr, c) skip
+#elif defined(WHY)
 #define LAW(nr, c)                                                                                 \
     assert((c) || why != 0 || nr * 10000 + __LINE__ < 0);                                          \
     assert((c) || why != 5 || 5 * 10000 + __LINE__ < 0);                                           \
@@ -247,7 +250,9 @@ inline hold()
 #ifndef M_SET_NODE_NO_DRAIN
     if
     :: (inflight == 0 || !TOUCHED(inflight - 1)) -> skip
+#ifndef M_DRAIN_FOR_EVER
     :: atomic { (inflight != 0 && TOUCHED(inflight - 1)) -> fail = 1; printf("@ T: quiesce times out\n") }
+#endif
     fi
 #else
     skip
@@ -738,6 +743,9 @@ proctype guest()
             if :: !intxn -> persist() :: else -> mark(D, w) fi;
             printf("@ G: write of unit %d begins\n", w)
         };
+#ifdef M_DRAIN_FOR_EVER
+        lock == 0; /* it needs something that the lock guards */
+#endif
         d_step {
             LAW(5, at == eo[G]); /* L5: no write lands in the old node after the cut */
             if :: (effects && TOUCHED(w)) -> why = 5 :: else fi;
@@ -943,8 +951,15 @@ init {
     }
 }
 
-/* L8 again, L5, and that every list comes to an end. */
+/* L8 again, L5, L6, and that every list comes to an end. */
+#define STARTED (jb[M] >= 2 && mine)
 ltl answered_after_record { [] (acked -> committed) }
 ltl effects_under_lock { [] (effects -> lock) }
-ltl started_after_record { [] ((jb[M] >= 2 && mine) -> committed) }
+ltl started_after_record { [] (STARTED -> committed) }
 ltl every_list_ends { <> [] (!intxn || stopped) }
+
+/* Not so, as the runner has to find: what the formulas speak of does come about. */
+ltl never_answered { [] !acked }
+ltl never_effects { [] !effects }
+ltl never_started { [] !STARTED }
+ltl never_a_list { [] !intxn }
