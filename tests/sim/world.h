@@ -113,6 +113,8 @@ struct scenario {
         struct world *w); /* the daemon has ended, what it served may be looked at */
     co_fn void (*after_cut)(struct world *w);
     void (*finish)(struct world *w); /* frees what state holds */
+    /* After so many seeds as ./check tells, or more: did they meet all that they are there for? */
+    void (*told)(void);
 };
 
 struct world {
