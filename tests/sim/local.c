@@ -104,7 +104,7 @@ static json_t *localised(const struct local *l, json_t *v)
     return copy;
 }
 
-static co_fn json_t *dispatch(struct local *l, const char *name, json_t *given)
+json_t *local_call(struct local *l, const char *name, json_t *given)
 {
     json_t *args = localised(l, given);
     json_decref(given);
@@ -119,7 +119,7 @@ static co_fn json_t *dispatch(struct local *l, const char *name, json_t *given)
 
 char *local_command(struct local *l, const char *name, json_t *args)
 {
-    json_t *reply = dispatch(l, name, args);
+    json_t *reply = local_call(l, name, args);
     const char *e = qmp_error(reply);
     char *text = e ? strdup(e) : NULL;
     json_decref(reply);
@@ -128,7 +128,7 @@ char *local_command(struct local *l, const char *name, json_t *args)
 
 json_t *local_get(struct local *l, const char *name, json_t *args)
 {
-    json_t *reply = dispatch(l, name, args);
+    json_t *reply = local_call(l, name, args);
     CHECK_SAY(!qmp_error(reply), "%s: %s", name, qmp_error(reply));
     json_t *ret = json_incref(json_object_get(reply, "return"));
     json_decref(reply);

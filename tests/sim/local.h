@@ -65,6 +65,8 @@ struct local_props {
 };
 co_fn struct local_outcome local_run(struct local *l, json_t *actions,
                                      const struct local_props *props);
+/* Any command as a client sends it; the whole reply. Owned; takes `args`. */
+co_fn json_t *local_call(struct local *l, const char *name, json_t *args);
 /* An action as the plain command, or any other command. NULL: it succeeded; else the text. Owned
  * (free). */
 co_fn char *local_command(struct local *l, const char *name, json_t *args);

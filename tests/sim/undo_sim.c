@@ -366,11 +366,40 @@ static co_fn void run_watched(struct undo_state *u, json_t *list, enum way way, 
     watch_end(v);
 }
 
+/* What a client is told of a list whose record could not be written: its last action is to blame,
+ * for want of another, and nothing has happened. */
+static co_fn void check_refused(struct undo_state *u, json_t *list, bool grouped)
+{
+    size_t n = json_array_size(list);
+    json_t *last = json_object_get(json_array_get(list, n - 1), "type");
+    char *before = local_whole(&u->a), *after;
+    u->a.store.fail = true;
+    json_t *reply = local_call(&u->a, "transaction",
+                               json_pack("{s:O,s:{s:s}}", "actions", list, "properties",
+                                         "completion-mode", grouped ? "grouped" : "individual"));
+    u->a.store.fail = false;
+    json_t *data = json_object_get(json_object_get(reply, "error"), "data");
+    json_t *should = json_pack("{s:i,s:O,s:s,s:b}", "action", (int)n - 1, "kind", last, "phase",
+                               "record", "undone", 1);
+    char *text = json_dumps(reply, 0);
+    CHECK_SAY(json_equal(data, should), "%s", text);
+    CHECK_SAY(strstr(qmp_error(reply), "refused on order"), "%s", text);
+    after = local_whole(&u->a);
+    check_same(before, after, "a list without a record left a trace", 0);
+    json_decref(reply);
+    json_decref(should);
+    free(text);
+    free(before);
+    free(after);
+}
+
 static co_fn void one_combination(struct undo_state *u, unsigned number, unsigned of)
 {
     top_up(u);
     bool grouped = chance_one_in(&u->a.w->chance, 2);
     json_t *list = make_combination(u, number, of);
+    if (of < 3)
+        check_refused(u, list, grouped);
     for (enum way way = 0; way < N_WAYS; way++)
         run_watched(u, list, way, grouped);
     CHECK(ref_play_list(&u->ref, list, grouped) < 0);
@@ -417,21 +446,33 @@ static unsigned n_files_made(json_t *list)
     return n;
 }
 
+/* Kinds of operations on files that fail here, and whether a list fails of it in some seed. No list
+ * writes or zeroes a file, asks for extents or copies; a read (of the head of a file whose
+ * format is not said) that fails is let pass. Not of unlink, and not of the rename that undoes one:
+ * what was made cannot go then, which the log says. */
+static const struct file_fault {
+    enum sim_kind kind;
+    bool fails;
+} file_faults[] = {
+    {SIM_OPEN, true},     {SIM_STAT, true},     {SIM_LOCK, true},    {SIM_RENAME, true},
+    {SIM_TRUNCATE, true}, {SIM_SYNC_DIR, true}, {SIM_READ, false},   {SIM_WRITE, false},
+    {SIM_FSYNC, true},    {SIM_ZERO, false},    {SIM_EXTENT, false},
+};
+#define N_FILE_FAULTS (sizeof file_faults / sizeof *file_faults)
+static unsigned n_struck[N_FILE_FAULTS]; /* over all seeds */
+
 static co_fn void fail_files(struct undo_state *u, json_t *list, bool grouped)
 {
-    /* Not of unlink, and not of the rename that undoes one: what was made cannot go then, which
-     * the log says. */
-    static const enum sim_kind kinds[] = {SIM_OPEN,   SIM_STAT,     SIM_READ,    SIM_WRITE,
-                                          SIM_FSYNC,  SIM_ZERO,     SIM_LOCK,    SIM_RENAME,
-                                          SIM_EXTENT, SIM_TRUNCATE, SIM_SYNC_DIR};
     unsigned n_made = n_files_made(list);
-    for (unsigned k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        for (unsigned nth = 1; nth <= (kinds[k] == SIM_RENAME ? n_made : 8); nth++) {
+    for (unsigned k = 0; k < N_FILE_FAULTS; k++) {
+        enum sim_kind kind = file_faults[k].kind;
+        for (unsigned nth = 1; nth <= (kind == SIM_RENAME ? n_made : 8); nth++) {
             char *before = local_whole(&u->a);
-            sim_fail(u->a.w->disk, NULL, kinds[k], nth, EIO, false);
+            sim_fail(u->a.w->disk, NULL, kind, nth, EIO, false);
             struct local_outcome o = run(u, list, BY_ABORT, grouped, (struct local_props){0});
             bool struck = o.code == -EIO || strstr(o.text, tide_strerror(EIO));
             sim_clear_faults(u->a.w->disk);
+            n_struck[k] += struck;
             if (!struck)
                 check_outcome(&o, BY_ABORT, (unsigned)json_array_size(list));
             char *after = local_whole(&u->a);
@@ -525,6 +566,13 @@ static void undo_finish(struct world *w)
     (void)w;
 }
 
+static void faults_told(void)
+{
+    for (unsigned k = 0; k < N_FILE_FAULTS; k++)
+        CHECK_SAY((n_struck[k] > 0) == file_faults[k].fails, "%u lists failed of %s", n_struck[k],
+                  sim_kind_name(file_faults[k].kind));
+}
+
 static const struct scenario undo = {
     .name = "undo",
     .state_size = sizeof(struct undo_state),
@@ -543,6 +591,7 @@ static const struct scenario faults = {
     .prepare = undo_prepare,
     .live = faults_live,
     .finish = undo_finish,
+    .told = faults_told,
 };
 
 int main(void)
