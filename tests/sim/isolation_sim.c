@@ -308,12 +308,18 @@ static void iso_finish(struct world *w)
  * them in the worst case, which is what this looks at; the daemon looks at the clock. */
 #define BIG (UINT64_C(16) << 40)
 #define PAGES (BIG >> 31) /* at 64 KiB */
+#define SMALL (BIG / 16)
+#define FEW_TURNS 24u
 
 struct turns {
     struct local a;
     unsigned n; /* of somebody else */
     bool stop;
     struct co_group gone;
+    /* A guest of the disk that is held. */
+    struct root *disk;
+    struct io_event came, went_on;
+    unsigned n_held, n_went_on; /* what n was */
 };
 
 static void others_main(void *arg)
@@ -324,11 +330,11 @@ static void others_main(void *arg)
     co_group_done(&s->gone);
 }
 
-static co_fn void add_big(struct turns *s, const char *node)
+static co_fn void add_big(struct turns *s, const char *node, uint64_t size)
 {
     CHECK(!local_command(&s->a, "blockdev-add",
                          json_pack("{s:s,s:s,s:I,s:b}", "driver", "null-co", "node-name", node,
-                                   "size", (json_int_t)BIG, "read-zeroes", 1)));
+                                   "size", (json_int_t)size, "read-zeroes", 1)));
 }
 
 /* One block of every page at 64 KiB is dirty. */
@@ -380,13 +386,103 @@ static const struct long_list {
      3 * PAGES / 32},
 };
 
+/* ------------------------------------------------------------------ no turn for what costs none */
+
+/* It comes when the disk is held. */
+static void waiting_guest_main(void *arg)
+{
+    struct turns *s = arg;
+    for (;;) {
+        io_event_wait(&s->came, IO_FOREVER);
+        if (s->stop)
+            break;
+        root_enter(s->disk);
+        s->n_went_on = s->n;
+        root_leave(s->disk);
+        io_event_set(&s->went_on);
+    }
+    co_group_done(&s->gone);
+}
+
+static void when_held(void *turns, enum txn_step step, unsigned done)
+{
+    struct turns *s = turns;
+    (void)done;
+    if (step != TXN_HELD)
+        return;
+    s->n_held = s->n;
+    io_event_set(&s->came);
+}
+
+static struct dirty_bitmap *random_bitmap(struct turns *s, const char *node, uint64_t size)
+{
+    struct bitmap_retired none = {0};
+    struct dirty_bitmap *b;
+    struct tide_error err;
+    CHECK(!local_command(
+        &s->a, "block-dirty-bitmap-add",
+        json_pack("{s:s,s:s,s:i}", "node", node, "name", "r", "granularity", 65536)));
+    CHECK(dirty_bitmap_find(graph_find(s->a.inst->graph, node), "r", 0, &b, &err) == 0);
+    for (uint64_t n = (size >> 31) * 8; n; n--)
+        bitmap_mark(b->bits, chance_below(&s->a.w->chance, size), 1, &none);
+    bitmap_retired_free(&none);
+    return b;
+}
+
+/* Turns of others from when the guest is held until it goes on; allocations of the whole list. */
+static co_fn unsigned turns_held(struct turns *s, const char *node, bool aborts,
+                                 unsigned long *n_allocs)
+{
+    struct local_props props = {.probe = when_held, .probe_arg = s, .n_allocs = n_allocs};
+    json_t *list = json_array();
+    add(list, "clear", node, "r", NULL, NULL);
+    if (aborts)
+        json_array_append_new(list, json_pack("{s:s,s:{}}", "type", "abort", "data"));
+    struct local_outcome o = local_run(&s->a, list, &props);
+    CHECK_SAY((o.code < 0) == aborts, "%s", o.text);
+    io_event_wait(&s->went_on, IO_FOREVER);
+    json_decref(list);
+    return s->n_went_on - s->n_held;
+}
+
+/* A clear, and taking it back, costs the same whatever the size. */
+static co_fn void check_clear(struct turns *s, const char *node, uint64_t size,
+                              unsigned long allocs[2])
+{
+    struct dirty_bitmap *b = random_bitmap(s, node, size);
+    struct tide_error err;
+    uint64_t n = bitmap_count(b->bits);
+    CHECK(root_new(graph_find(s->a.inst->graph, node), ROOT_READ | ROOT_WRITE, "guest", &s->disk,
+                   &err) == 0);
+    for (int clears = 0; clears < 2; clears++) {
+        unsigned turns = turns_held(s, node, !clears, &allocs[clears]);
+        CHECK_SAY(turns < FEW_TURNS, "%u turns of others in a clear on %s%s", turns, node,
+                  clears ? "" : " that is undone");
+        CHECK(bitmap_count(b->bits) == (clears ? 0 : n));
+    }
+    root_free(s->disk);
+}
+
+static co_fn void check_clears(struct turns *s)
+{
+    unsigned long big[2], small[2];
+    co_group_add(&s->gone, 1);
+    CHECK(loop_spawn(io_loop(s->a.w->io, 0), waiting_guest_main, s) == 0);
+    check_clear(s, "big", BIG, big);
+    check_clear(s, "small", SMALL, small);
+    CHECK_SAY(big[0] == small[0] && big[1] == small[1],
+              "undone and done: %lu and %lu allocations on big, %lu and %lu on small", big[0],
+              big[1], small[0], small[1]);
+}
+
 static co_fn void turns_live(struct world *w)
 {
     struct turns *s = w->state;
     sim_short_turns(w->io);
     local_open(&s->a, w, w->inst, "a");
-    add_big(s, "big");
-    add_big(s, "bigt");
+    add_big(s, "big", BIG);
+    add_big(s, "small", SMALL);
+    add_big(s, "bigt", BIG);
     add_dense(s, "a", 65536, 0);
     add_dense(s, "b", 65536, 65536);
     add_dense(s, "c", 65536, 2 * 65536);
@@ -398,7 +494,9 @@ static co_fn void turns_live(struct world *w)
         unsigned n = turns_of(s, long_lists[i].list);
         CHECK_SAY(n >= long_lists[i].least, "%u turns of others in %s", n, long_lists[i].list);
     }
+    check_clears(s);
     s->stop = true;
+    io_event_set(&s->came);
     co_group_wait(&s->gone);
     local_reset(&s->a);
     local_close(&s->a);
