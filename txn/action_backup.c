@@ -289,7 +289,13 @@ static co_fn int check_magic(const char *path, struct tide_error *err)
         return 0; /* opening it as a node says why */
     ssize_t len = io_preadv(f, &iov, 1, 0);
     io_close(f);
-    for (unsigned i = 0; i < sizeof magics / sizeof *magics && len > 0; i++) {
+    if (len < 0)
+        return tide_fail(
+            err, (int)len,
+            "cannot read whether '%s' is an image of some format: %s; to write over it "
+            "in any case, say format=raw",
+            shown_name(path).text, tide_strerror((int)-len));
+    for (unsigned i = 0; i < sizeof magics / sizeof *magics; i++) {
         const struct magic *m = &magics[i];
         if (!memcmp(head + m->off, m->bytes, m->len))
             return tide_fail(

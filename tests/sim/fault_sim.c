@@ -49,6 +49,8 @@ static const struct {
     /* The same node away, there and away again; one list's file in the way of its next action. */
     {1,
      "["
+     "{\"type\":\"drive-backup\",\"data\":{\"job-id\":\"j2\",\"device\":\"d0\",\"sync\":\"full\","
+     "\"target\":\"/there\",\"mode\":\"existing\"}},"
      "{\"type\":\"blockdev-add\",\"data\":{\"driver\":\"file\",\"node-name\":\"y\","
      "\"filename\":\"/x\"}},"
      "{\"type\":\"blockdev-del\",\"data\":{\"node-name\":\"y\"}},"
@@ -140,17 +142,17 @@ static co_fn void fail_memory(struct world *w, bool dry)
 }
 
 /* At most so many calls of a kind there are in a list (of renames: as many as it says), and whether
- * a list, and a dry run, fails of one. None does of a read, of the head of a file whose format is
- * not said. No list writes, zeroes, copies or asks for extents. Unlinks, and renames that take
+ * a list, and a dry run, fails of one. A read is of the head of a file whose format is not said. No
+ * list writes, zeroes, copies or asks for extents. Unlinks, and renames that take
  * something back, are left alone: no undo helps where it fails itself. */
 static const struct call {
     enum sim_kind kind;
     unsigned max;
     bool fails[2]; /* by `dry` */
 } calls[] = {
-    {SIM_OPEN, 40, {true, true}}, {SIM_STAT, 60, {true, true}},  {SIM_LOCK, 120, {true, true}},
-    {SIM_TRUNCATE, 4, {true}},    {SIM_SYNC_DIR, 4, {true}},     {SIM_RENAME, 0, {true}},
-    {SIM_FSYNC, 4, {true}},       {SIM_READ, 4, {false, false}},
+    {SIM_OPEN, 40, {true, true}}, {SIM_STAT, 60, {true, true}}, {SIM_LOCK, 120, {true, true}},
+    {SIM_TRUNCATE, 4, {true}},    {SIM_SYNC_DIR, 4, {true}},    {SIM_RENAME, 0, {true}},
+    {SIM_FSYNC, 4, {true}},       {SIM_READ, 4, {true, true}},
 };
 
 static co_fn void fail_call(struct world *w, const struct call *c, unsigned max, bool dry)

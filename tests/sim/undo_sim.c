@@ -447,9 +447,9 @@ static unsigned n_files_made(json_t *list)
 }
 
 /* Kinds of operations on files that fail here, and whether a list fails of it in some seed. No list
- * writes or zeroes a file, asks for extents or copies; a read (of the head of a file whose
- * format is not said) that fails is let pass. Not of unlink, and not of the rename that undoes one:
- * what was made cannot go then, which the log says. */
+ * reads a file (all formats are said), writes or zeroes one, asks for extents or copies. Not of
+ * unlink, and not of the rename that undoes one: what was made cannot go then, which the log says.
+ */
 static const struct file_fault {
     enum sim_kind kind;
     bool fails;
