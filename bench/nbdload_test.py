@@ -194,7 +194,7 @@ class Server:
 def run(server, arguments):
     place = ['--tcp', '127.0.0.1:%d' % server.listener.getsockname()[1]] \
         if server.listener.family == socket.AF_INET else ['--socket', server.path]
-    return subprocess.run([NBDLOAD, *place, '--stall', '1', *arguments.split()],
+    return subprocess.run([NBDLOAD, *place, *arguments.split()],
                           capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -311,7 +311,8 @@ class NbdloadTest(unittest.TestCase):
                 ('wrong_cookie', '', 'not in flight'), ('wrong_magic', '', 'magic'),
                 ('cut_reply', '--structured', 'does not cover'), ('cut_reply', '', 'not asked for'),
                 ('outside', '--structured', 'outside its request'), ('hang_up', '', 'hung up'),
-                ('silence', '', 'does not answer'), ('silence', '--connections 2', 'does not answer')):
+                ('silence', '--stall 1', 'does not answer'),
+                ('silence', '--stall 1 --connections 2', 'does not answer')):
             with self.subTest(answer, arguments=arguments), Server(answer) as server:
                 r = self.bad(server, f'--requests 10 --depth 2 {arguments}', words)
                 self.assertGreater(r['errors'], 0)

@@ -114,7 +114,7 @@ class Nbdmark(unittest.TestCase):
         with Server() as server:
             path = pathlib.Path(server.folder.name) / 'times'
             begin = time.monotonic_ns()
-            code, report, _ = self.run_it(server, '--seconds', 0.2, '--times', path, '--depth', 4)
+            code, report, _ = self.run_it(server, '--seconds', 2, '--times', path, '--depth', 4)
             times = array.array('Q', path.read_bytes())
             self.assertEqual((code, len(times)), (0, report['requests']))
             self.assertEqual(len(server.requests), report['requests'])
