@@ -225,9 +225,7 @@ class Daemon:
 
     def cpu_seconds(self):
         """What it has had of the processors: does not grow while others use the machine."""
-        with open(f'/proc/{self.proc.pid}/stat') as f:
-            user, system = f.read().rsplit(')', 1)[1].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf('SC_CLK_TCK')
+        return time.clock_gettime(~self.proc.pid << 3 | 2)  # its clock's number, as clock_getcpuclockid(3) makes it
 
     def log(self):
         with open(self.log_path, errors='replace') as f:

@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import threading
-import time
 
 import nbd
 import pytest
@@ -238,13 +237,13 @@ def test_a_list_of_100_000_actions_that_is_carried_out(d):
     assert meanwhile >= 10, meanwhile
 
 
-def longest_silence(path, stop, out):
-    """Seconds that a client which asks all the time had to wait, at most."""
-    other, longest = Qmp(path), 0
+def longest_silence(d, stop, out):
+    """Seconds of the daemon's own that a client which asks all the time had to wait, at most."""
+    other, longest = Qmp(d.qmp_path), 0
     while not stop.is_set():
-        began = time.monotonic()
+        began = d.cpu_seconds()
         other.cmd('query-version')
-        longest = max(longest, time.monotonic() - began)
+        longest = max(longest, d.cpu_seconds() - began)
     out.append(longest)
     other.close()
 
@@ -255,19 +254,19 @@ def test_others_are_answered_while_a_long_list_is_read_run_and_forgotten(d, prop
     actions = [act('enable', node='d0', name='a')] * 30_000
     if 'explain' in properties:  # of names that have nothing to do with each other
         actions = [act('enable', node='d0', name=f'n{i}') for i in range(30_000)]
-    for turn in range(8):
+    for turn in range(20):
         if 'id' in properties:
             properties = {'id': f'long{turn}'}
         text = json.dumps({'execute': 'transaction', 'arguments': {
             'actions': actions, 'properties': properties}}).encode()
         stop, out = threading.Event(), []
-        watcher = threading.Thread(target=longest_silence, args=(d.qmp_path, stop, out))
+        watcher = threading.Thread(target=longest_silence, args=(d, stop, out))
         watcher.start()
-        began = time.monotonic()
+        began = d.cpu_seconds()
         d.qmp.sock.sendall(text)
         while not d.qmp.buf.endswith(b'\n'):
             d.qmp.buf += d.qmp.sock.recv(1 << 16)
-        took = time.monotonic() - began
+        took = d.cpu_seconds() - began
         stop.set()
         watcher.join()
         assert 'return' in d.qmp.read()  # parsing it here would keep the watcher from asking

@@ -243,13 +243,13 @@ def test_explain_of_what_only_looks_has_no_edges(d):
 def test_explain_of_a_long_list_takes_no_longer_than_running_it_some_times(d):
     """Those who only look at the same thing are not compared with each other, two by two."""
     actions = [act('merge', node='d0', target='t', bitmaps=[f'b{i}' for i in range(30000)])]
-    start = time.monotonic()
+    start = d.cpu_seconds()
     with pytest.raises(QmpError, match='not found'):
         txn(d, actions)
-    ran = time.monotonic() - start
-    start = time.monotonic()
+    ran = d.cpu_seconds() - start
+    start = d.cpu_seconds()
     assert explained(d, actions) == ({}, [{'node': 'd0', 'requests': 'writes'}])
-    assert time.monotonic() - start < 20 * ran
+    assert d.cpu_seconds() - start < 20 * ran
 
 
 def test_independent_neighbours_may_be_swapped(d):
