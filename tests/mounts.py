@@ -9,6 +9,7 @@ The daemon that uses them has to end inside the block, or unmounting fails (and 
 import contextlib
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -69,7 +70,10 @@ def mounted(kind, source, directory, options='defaults'):
     try:
         yield directory
     finally:
-        r = run('umount', directory)
+        r, end = run('umount', directory), time.monotonic() + DEADLINE
+        while 'busy' in r.stderr and time.monotonic() < end:
+            time.sleep(0.05)  # polled: rings of a killed process close its files after it has gone
+            r = run('umount', directory)
         if r.returncode:
             run('umount', '-l', directory)
         assert r.returncode == 0, r.stderr
