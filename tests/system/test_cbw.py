@@ -263,16 +263,16 @@ def test_a_stalled_target_fails_the_job_not_the_guests():
         for off in range(0, room, MiB):
             h.pwrite(block, off)
         quick = os.times().elapsed - t0
-        assert quick < 4, quick
+        assert quick < 5, quick
         assert job(d, 'j')['status'] == 'running'
         t0 = os.times().elapsed
         h.pwrite(block, room)
         waited = os.times().elapsed - t0
-        assert waited < 8, waited
+        assert waited < 15, waited
         t0 = os.times().elapsed
         for off in range(room + MiB, size, MiB):
             h.pwrite(block, off)
-        assert os.times().elapsed - t0 < 2
+        assert os.times().elapsed - t0 < 10  # each waiting in turn, it were a minute
         h.shutdown()
         done = d.qmp.event('BLOCK_JOB_COMPLETED')['data']
         assert done['error']
@@ -281,11 +281,12 @@ def test_a_stalled_target_fails_the_job_not_the_guests():
         assert "guest writes waited for memory" in d.log(), 'they are counted'
 
 
-def test_cancel_frees_guests_that_wait_for_memory():
+def seconds_after_cancel():
+    """That guests still wait for memory. There is some when the target has answered, which takes 4 s."""
     size = 72 * MiB
     with Daemon() as d:
         fill(d.add_disk('a', size), size)
-        d.cmd('blockdev-add', driver='null-co', node_name='slow', size=size, **{'latency-ns': 1_500_000_000})
+        d.cmd('blockdev-add', driver='null-co', node_name='slow', size=size, **{'latency-ns': 4_000_000_000})
         h = nbd.NBD()
         h.connect_uri(d.export('a'))
         d.cmd('blockdev-backup', backup_args('a', 'slow'))
@@ -294,5 +295,10 @@ def test_cancel_frees_guests_that_wait_for_memory():
         d.cmd('job-cancel', id='j')
         t0 = os.times().elapsed
         wait_all(h, writes)
-        assert os.times().elapsed - t0 < 2.5
+        waited = os.times().elapsed - t0
         assert 'BLOCK_JOB_CANCELLED' in d.qmp.job_end('j')
+        return waited
+
+
+def test_cancel_frees_guests_that_wait_for_memory():
+    assert any(seconds_after_cancel() < 1.5 for _ in range(3))  # a busy machine may hold up one, but not all of them
