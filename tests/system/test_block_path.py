@@ -389,11 +389,12 @@ def test_holes_are_reported_and_filled(tide):
             assert got[1] == 0, 'a hole that has been filled is none'
         h.trim(MiB, 0)
         assert extents(h, MiB) == [(MiB, 3)]
+        h.flush()  # or blocks of the file's own come when the kernel likes
         before = allocated(path)
         h.zero(MiB, 0, nbd.CMD_FLAG_NO_HOLE)
         assert allocated(path) >= before + MiB, 'kept for those who asked for it'
         h.zero(MiB, 0)
-        assert allocated(path) == before
+        assert abs(allocated(path) - before) <= 8 * KiB
         assert h.pread(MiB, 0) == bytes(MiB)
 
 
@@ -611,8 +612,8 @@ def test_a_failed_flush_stays(tmp_path):
         d.cmd('blockdev-add', {**options, 'filename': device})
         d.export('f')
         with connect(d, 'f') as h, connect(d, 'f') as other:
+            write_file(trigger, b'')  # first: the kernel may write the page at any time
             h.pwrite(b'x' * 4096, 0)
-            write_file(trigger, b'')
             assert error_of(h.flush) == 'EIO'
             os.unlink(trigger)
             for c in (h, other, h):
