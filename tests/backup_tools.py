@@ -60,9 +60,9 @@ def end_of(d, job):
     return without_pauses(events)
 
 
-def until(what, condition):
+def until(what, condition, seconds=DEADLINE):
     """Poll for a condition that no event announces."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + seconds
     while True:
         value = condition()
         if value:
@@ -146,6 +146,16 @@ def transaction(d, *actions, grouped=False):
     if grouped:
         args['properties'] = {'completion-mode': 'grouped'}
     d.cmd('transaction', args)
+
+
+def again_after_a_rest(run_list, tries=4):
+    """What run_list() returns. Guests write to a real disk, and a list waits 3 s for it: it may want another try."""
+    for last in [False] * (tries - 1) + [True]:
+        try:
+            return run_list()
+        except QmpError as e:
+            if last or 'did not come to rest' not in e.desc:
+                raise
 
 
 def faulty(d, node, image, *rules):

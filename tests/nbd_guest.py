@@ -24,6 +24,7 @@ N_FILES = 8  # the writer's files, used in turn; each holds the first FILE_SIZE 
 FILE_SIZE = 128 * KiB
 OLD = (4 * MiB, 4 * MiB)  # in the data partition: filled with 'T' once, then trimmed in TRIMMED
 TRIMMED = (5 * MiB, 2 * MiB)
+SLOW = 600  # seconds, for all that it does: it is emulated, and the machine may be busy
 MBR_CODE = '/usr/lib/syslinux/mbr/mbr.bin'
 BUSYBOX = '/bin/busybox'
 # The kernel's checks of clocks fail by chance in an emulated machine on a busy host; the rest saves time.
@@ -149,7 +150,7 @@ def make_disk(path, scratch):
 class Guest:
     """A running guest on an export of `daemon`; ends with the block."""
 
-    def __init__(self, daemon, uri, limit=120):
+    def __init__(self, daemon, uri, limit=SLOW):
         self.daemon = daemon
         self.end = time.monotonic() + limit
         self.seen, self.text = b'', b''  # what was read; what of it was not yet asked for

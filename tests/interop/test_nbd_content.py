@@ -18,7 +18,7 @@ import nbd
 import pytest
 
 import nbd_guest
-from backup_tools import assert_same, content, end_of, fill, release, transaction, until
+from backup_tools import again_after_a_rest, assert_same, content, end_of, fill, release, transaction, until
 from harness import DEADLINE, Daemon, KiB, MiB, QmpError, qemu_io, run, which
 
 SIZE = 8 * MiB
@@ -515,10 +515,11 @@ def test_a_guest_boots_and_is_backed_up_while_it_writes(d):
         assert guest.line('cache') == 'write back'  # so it will flush
         while int(guest.line('round')) < 3:
             pass
-        transaction(d, ('block-dirty-bitmap-add', {'node': 'disk', 'name': 'since'}),
-                    ('blockdev-backup', {'job-id': 'j', 'device': 'disk', 'target': 'target', 'sync': 'full',
-                                         'speed': 1}))
-        until('a whole round is written during the copy', lambda: dirty(d, 'disk', 'since') >= one_round)
+        again_after_a_rest(lambda: transaction(
+            d, ('block-dirty-bitmap-add', {'node': 'disk', 'name': 'since'}),
+            ('blockdev-backup', {'job-id': 'j', 'device': 'disk', 'target': 'target', 'sync': 'full', 'speed': 1})))
+        until('a whole round is written during the copy', lambda: dirty(d, 'disk', 'since') >= one_round,
+              nbd_guest.SLOW)
         at_release = rounds(content(path)[data])
         release(d)
         assert 'BLOCK_JOB_COMPLETED' in end_of(d, 'j')

@@ -526,7 +526,7 @@ def finish_command(h, cookie):
 
 def test_disk_that_does_not_come_to_rest(tide):
     """After the limit the list fails, says where it hangs, and writes go on."""
-    tide.cmd('blockdev-add', driver='null-co', node_name='slow', size=GiB, latency_ns=3600000000)
+    tide.cmd('blockdev-add', driver='null-co', node_name='slow', size=GiB, latency_ns=8000000000)
     tide.export('slow')
     tide.cmd(BITMAP + 'add', node='slow', name='b')
     h = nbd.NBD()

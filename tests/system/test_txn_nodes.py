@@ -224,21 +224,26 @@ def test_an_export_goes_on_while_nodes_come_and_go(d):
 
 def test_what_holds_nobody_does_not_wait_after_a_disk_that_did_not_come_to_rest(d):
     """After such a failure guests get a second of peace; a list that holds no node takes nothing from them."""
-    d.cmd('blockdev-add', driver='null-co', node_name='slow', size=SIZE, latency_ns=4 * 10**9)
+    d.cmd('blockdev-add', driver='null-co', node_name='slow', size=SIZE, latency_ns=8 * 10**9)
     d.export('slow')
     d.cmd('block-dirty-bitmap-add', node='slow', name='b')
     h = nbd.NBD()
     h.connect_uri(d.uri('slow'))
-    h.aio_pwrite(nbd.Buffer(512), 0)
-    end = time.monotonic() + DEADLINE
-    while not d.ranges('slow', 'b'):  # until the write has come to the node
-        h.poll(0)
-        assert time.monotonic() < end
-    with pytest.raises(QmpError, match='did not come to rest'):
-        d.cmd('block-dirty-bitmap-clear', node='slow', name='b')
-    d.cmd('blockdev-add', driver='null-co', node_name='a')
-    took = d.cmd('query-transactions', limit=1)[0]
-    assert took['actions'] == ['blockdev-add'] and took['took-ns'] < 900_000_000
+
+    def add_in_that_second(turn):
+        h.aio_pwrite(nbd.Buffer(512), turn * 128 * KiB)
+        end = time.monotonic() + DEADLINE
+        while len(d.ranges('slow', 'b')) == turn:  # until the write has come to the node
+            h.poll(0)
+            assert time.monotonic() < end
+        with pytest.raises(QmpError, match='did not come to rest'):
+            d.cmd('block-dirty-bitmap-clear', node='slow', name='b')
+        d.cmd('blockdev-add', driver='null-co', node_name=f'a{turn}')
+        took = d.cmd('query-transactions', limit=1)[0]
+        assert took['actions'] == ['blockdev-add']
+        return took['took-ns']
+    # Whatever else this machine does may hold up one, but not all of them.
+    assert any(add_in_that_second(turn) < 900_000_000 for turn in range(3))
 
 
 def test_explain_knows_children_and_files(d):
