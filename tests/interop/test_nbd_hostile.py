@@ -65,7 +65,7 @@ def served():
         yield daemon
         normal_client(daemon)
         until('all connections are closed', lambda: descriptors(daemon) <= before)
-        assert memory(daemon) < 64 * MiB
+        until('the memory has come back', lambda: memory(daemon) < 64 * MiB)
 
 
 def normal_client(d):
@@ -332,7 +332,7 @@ def test_a_client_that_never_reads(d, shared, mode):
         d.cmd('transaction', actions=[])
         d.cmd('block-dirty-bitmap-add', node='disk', name='b')
         d.cmd('block-dirty-bitmap-remove', node='disk', name='b')
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 15
     for c in lazy:
         c.s.close()
 
@@ -395,7 +395,7 @@ def test_deleting_an_export_whose_replies_nobody_reads(d):
         d.cmd('block-export-del', id='exp-other', mode='hard')
         d.qmp.event('BLOCK_EXPORT_DELETED', id='exp-other')
         d.cmd('blockdev-del', {'node-name': 'other'})
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15
         c.s.close()
 
 
@@ -514,12 +514,12 @@ def test_quit_with_hostile_clients_connected():
         writer.send(request(WRITE, 0, MiB) + b'x')
         conns += [half, lazy, writer]
         d.cmd('quit')
-        assert d.proc.wait(10) == 0
+        assert d.proc.wait(DEADLINE) == 0
 
 
 def test_a_silent_client_is_cut_off_in_the_handshake(silent):
     """Within the handshake's 10 s, most of which have passed by now; others go on meanwhile."""
     d, c = silent
     normal_client(d)
-    c.s.settimeout(15)
+    c.s.settimeout(DEADLINE)
     assert c.at_end()

@@ -102,7 +102,7 @@ def test_a_client_that_does_not_read_holds_up_no_transaction(d):
         begin = time.monotonic()
         d.cmd('transaction', actions=[{'type': 'block-dirty-bitmap-add',
                                        'data': {'node': 'disk', 'name': f'b{i}'}}])
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 15
     take_replies(c, {i: data[i * MiB:(i + 1) * MiB] for i in range(40)})
     assert client(d).request(READ, 5, 70000).data == data[5:70005]
 

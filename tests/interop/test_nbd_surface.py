@@ -147,7 +147,7 @@ def test_in_flight(d):
     begin = os.times().elapsed
     cookies = {c.ask(FLUSH, cookie=i) for i in range(1500)}
     assert {c.reply().cookie for _ in range(1500)} == cookies
-    assert os.times().elapsed - begin < 1500 / 16 * 0.2 / 4
+    assert os.times().elapsed - begin < 1500 / 16 * 0.2 / 1.5
 
 
 # ---------------------------------------------------------------- contexts

@@ -352,7 +352,7 @@ def test_a_long_request_lets_others_in(huge):
         huge.cmd('block-dirty-bitmap-add', node=name, name='b')  # waits for a quiesced node
         huge.cmd('transaction', actions=[
             {'type': 'block-dirty-bitmap-clear', 'data': {'node': name, 'name': 'b'}}] * 3)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 15
         with refused('in use'):
             huge.cmd('block-export-del', id='exp-' + name)
         huge.cmd('block-export-del', id='exp-' + name, mode='hard')

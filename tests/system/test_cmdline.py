@@ -446,7 +446,7 @@ def test_script_on_stdin_from_a_file(place):
 def test_end_of_stdin_does_not_end_the_daemon(place):
     with Daemon(['--chardev', 'stdio,id=s', '--monitor', 's']) as d:  # its stdin is /dev/null
         assert d.cmd('query-version')
-        assert '"QMP"' in d.log()
+        until(lambda: '"QMP"' in d.log(), 'no greeting')
 
 
 # ---------------------------------------------------------------- rights

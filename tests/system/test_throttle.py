@@ -411,15 +411,15 @@ def stuck(tide):
     return tide
 
 
-def test_a_transaction_does_not_wait_for_the_queue(stuck, sanitized):
+def test_a_transaction_does_not_wait_for_the_queue(stuck):
     actions = [{'type': 'block-dirty-bitmap-add', 'data': {'node': n, 'name': 'b'}} for n in ('t0', 'd')]
-    assert took(stuck.cmd, 'transaction', actions=actions) < (5 if sanitized else 0.5)
+    assert took(stuck.cmd, 'transaction', actions=actions) < 5
     assert stuck.c.finish() < 5  # they went, and are charged:
     stuck.c.send(3)
     stuck.c.settle()
     assert stuck.c.poll() == 3
     for i in range(10):
-        assert took(stuck.cmd, 'block-dirty-bitmap-clear', node='t0', name='b') < (5 if sanitized else 0.5)
+        assert took(stuck.cmd, 'block-dirty-bitmap-clear', node='t0', name='b') < 5
     assert stuck.c.finish() < 5
 
 
@@ -452,7 +452,7 @@ def test_the_end_of_the_daemon_does_not_wait(stuck, how):
         assert stuck.proc.wait(DEADLINE) == 0
     else:
         assert stuck.stop(how) == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < DEADLINE
 
 
 def test_a_client_that_is_gone_holds_up_nobody(stuck):
