@@ -327,6 +327,19 @@ class Daemon:
         return out
 
 
+def on_free_port(listen, family=socket.AF_INET, host='127.0.0.1'):
+    """What listen(port) returns, of a port that nobody had a moment ago; of another one if somebody has it now."""
+    for last in (False, False, True):
+        with socket.socket(family) as s:
+            s.bind((host, 0))
+            port = s.getsockname()[1]
+        try:
+            return listen(port)
+        except (QmpError, RuntimeError) as e:
+            if last or 'in use' not in str(e):
+                raise
+
+
 def qemu_io(uri, *commands):
     """Run qemu-io commands on an NBD URI or file; raises on any failure."""
     args = [which('qemu-io'), '-f', 'raw']

@@ -12,7 +12,7 @@ import nbd
 import pytest
 
 from backup_tools import assert_same, content, fill, refused, until
-from harness import Daemon, KiB, MiB, qemu_io, run, which
+from harness import Daemon, KiB, MiB, on_free_port, qemu_io, run, which
 from nbd_raw import META, OPT_LIST_META, OPT_SET_META, OPT_STRUCTURED, WRITE, Raw, meta, option, request
 
 SIZE = 8 * MiB
@@ -136,20 +136,17 @@ def test_nbdcopy_both_ways(disk, transport):
     assert_same(disk.path('disk.raw'), disk.path('copy'))
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
 def tcp_server(d):
     """Start the server anew on TCP with the disk on it; returns the URI."""
     d.cmd('nbd-server-stop')
     d.qmp.event('BLOCK_EXPORT_DELETED')
-    port = free_port()
-    d.cmd('nbd-server-start', addr={'type': 'inet', 'data': {'host': '127.0.0.1', 'port': str(port)}})
+
+    def listen(port):
+        d.cmd('nbd-server-start', addr={'type': 'inet', 'data': {'host': '127.0.0.1', 'port': str(port)}})
+        return f'nbd://127.0.0.1:{port}/disk'
+    uri = on_free_port(listen)
     d.export('disk')
-    return f'nbd://127.0.0.1:{port}/disk'
+    return uri
 
 
 @needs['qemu-img']

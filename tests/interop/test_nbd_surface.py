@@ -12,7 +12,7 @@ import tempfile
 import pytest
 
 from backup_tools import content, fill, refused
-from harness import Daemon, GiB, KiB, MiB, TiB
+from harness import Daemon, GiB, KiB, MiB, TiB, on_free_port
 from nbd_raw import (ACK, CACHE, ERR_INVALID, ERR_POLICY, ERR_TOO_BIG, ERR_UNKNOWN, ERR_UNSUP, FAST_ZERO, FLUSH, FUA,
                      INFO, META, MODES, NO_HOLE, OPT_ABORT, OPT_EXPORT_NAME, OPT_EXTENDED, OPT_GO, OPT_INFO, OPT_LIST,
                      OPT_LIST_META, OPT_SET_META, OPT_STARTTLS, OPT_STRUCTURED, READ, REQ_ONE, SERVER, STATUS, TRIM,
@@ -356,12 +356,6 @@ def test_cache(d):
 
 # ---------------------------------------------------------------- listeners
 
-def free_port(family, host):
-    with socket.socket(family) as s:
-        s.bind((host, 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.parametrize('transport', ['unix', 'ipv4', 'ipv6'])
 def test_transports(d, transport):
     """handshake, over UNIX, IPv4 and IPv6."""
@@ -370,11 +364,15 @@ def test_transports(d, transport):
     if transport != 'unix':
         family, host = (socket.AF_INET, '127.0.0.1') if transport == 'ipv4' else (socket.AF_INET6, '::1')
         try:
-            address = (host, free_port(family, host))
+            socket.create_server((host, 0), family=family).close()
         except OSError:
             pytest.skip('no IPv6 here')
         d.cmd('nbd-server-stop')
-        d.cmd('nbd-server-start', addr={'type': 'inet', 'data': {'host': host, 'port': str(address[1])}})
+
+        def listen(port):
+            d.cmd('nbd-server-start', addr={'type': 'inet', 'data': {'host': host, 'port': str(port)}})
+            return host, port
+        address = on_free_port(listen, family, host)
         d.export('disk')
     for mode in MODES:
         c = Raw(address)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 import harness
-from harness import DEADLINE, Daemon, MiB, Qmp, QmpError, qemu_io, which
+from harness import DEADLINE, Daemon, MiB, Qmp, QmpError, on_free_port, qemu_io, which
 
 PROGRAM = os.path.join(harness.BIN, 'tidemarkd')
 NULL = ['--blockdev', 'null-co,node-name=n,size=1M']
@@ -103,13 +103,12 @@ def test_json_forms(place):
 
 
 def test_nbd_server_in_json_and_tcp(place):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    with Daemon(['--nbd-server', json.dumps({'addr': {'type': 'inet', 'host': '127.0.0.1', 'port': str(port)},
-                                             'max-connections': 3})] + NULL +
-                ['--export', 'nbd,id=e,node-name=n,writable=on'], nbd=False):
-        qemu_io(f'nbd://127.0.0.1:{port}/n', 'read 0 64k')
+    def serve(port):
+        with Daemon(['--nbd-server', json.dumps({'addr': {'type': 'inet', 'host': '127.0.0.1', 'port': str(port)},
+                                                 'max-connections': 3})] + NULL +
+                    ['--export', 'nbd,id=e,node-name=n,writable=on'], nbd=False):
+            qemu_io(f'nbd://127.0.0.1:{port}/n', 'read 0 64k')
+    on_free_port(serve)
 
 
 def test_old_spelling_of_chardev_flags(place):
@@ -129,13 +128,12 @@ def test_old_spelling_of_chardev_flags(place):
 
 
 def test_monitor_over_tcp_and_implied_keys():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    with Daemon(['--chardev', f'socket,id=c2,host=127.0.0.1,port={port},server=on,wait=off', '--monitor', 'c2']):
-        s = socket.create_connection(('127.0.0.1', port), DEADLINE)
-        assert b'QMP' in s.recv(4096)
-        s.close()
+    def serve(port):
+        with Daemon(['--chardev', f'socket,id=c2,host=127.0.0.1,port={port},server=on,wait=off', '--monitor', 'c2']):
+            s = socket.create_connection(('127.0.0.1', port), DEADLINE)
+            assert b'QMP' in s.recv(4096)
+            s.close()
+    on_free_port(serve)
 
 
 def test_chardev_that_connects(place):
