@@ -103,6 +103,7 @@ def merge_and_clear(daemon, qmp, granularity, results):
     pushes everything else out of the processor's caches, so a round trip is measured right after that, too."""
     qmp.execute('block-dirty-bitmap-add', node='disk', name='sum', granularity=granularity, disabled=True)
     qmp.execute('block-dirty-bitmap-merge', node='disk', target='sum', bitmaps=['target'])
+    dirty_bytes(qmp, 'sum')
     results['merge'].append(timed_list(daemon, qmp, merge('sum', 'source')))
     both = [dirty_bytes(qmp, name) for name in ('source', 'target')]
     if not max(both) <= dirty_bytes(qmp, 'sum') <= sum(both):
@@ -118,6 +119,7 @@ def merge_and_clear(daemon, qmp, granularity, results):
 def undone(daemon, qmp, results):
     before = dirty_bytes(qmp, 'target')
     results['merge-undone'].append(timed_list(daemon, qmp, merge('target', 'source'), ABORT))
+    dirty_bytes(qmp, 'target')
     results['clear-undone'].append(timed_list(daemon, qmp, action('clear', 'target'), ABORT))
     if dirty_bytes(qmp, 'target') != before:
         raise CaseError('an undone list changed a bitmap')

@@ -404,8 +404,8 @@ int graph_check_del(struct graph *g, const char *name, struct node **out, struct
     return r < 0 ? r : check_unused(*out, err);
 }
 
-/* Queries walk the list of nodes and may yield at one of them: none may stand at this one when it
- * goes. But they do not wait for the disk. */
+/* Queries may yield while they hold a node: none may hold this one when it goes. But they do not
+ * wait for the disk. */
 static co_fn void unpublish_and_close(struct node *n)
 {
     struct graph *g = n->graph;

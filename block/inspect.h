@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What queries tell about a node. Control loop, under the query lock. */
+/* What queries tell about a node. Control loop; under the query lock but for what is asked of disks
+ * beforehand. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>

@@ -34,13 +34,12 @@ struct file {
      * through the page cache. NULL: there is no rest, or nobody writes. */
     struct io_file *rest;
     bool locking;
-    uint64_t dev, ino;
-    unsigned used, unshared; /* bits 1 << PERM_x that are locked now */
+    uint64_t dev, ino, lock_dev, lock_ino; /* see struct io_stat */
+    unsigned used, unshared;               /* bits 1 << PERM_x that are locked now */
     /* Queries for the allocated size; control loop only. */
-    uint64_t allocated;          /* the last answer */
-    unsigned n_asking;           /* questions that the kernel has not answered yet */
-    const struct inquiry *asker; /* of the newest of them, or NULL */
-    struct io_event answered_all;
+    uint64_t allocated;        /* the last answer */
+    struct question *question; /* that the kernel has not answered yet, or NULL */
+    struct io_event answered;
 };
 
 /* ------------------------------------------------------------------ open and close */
@@ -123,6 +122,8 @@ static int file_open_with(struct node *n, const struct file_options *o, struct t
         return r;
     s->dev = st.dev;
     s->ino = st.ino;
+    s->lock_dev = st.lock_dev;
+    s->lock_ino = st.lock_ino;
     n->size = st.size;
     n->align = n->direct && st.align > 1 ? st.align : 1;
     s->allocated = st.allocated;
@@ -163,8 +164,8 @@ static int host_device_open(struct node *n, const struct q_blockdev_options *o,
 static void file_close(struct node *n)
 {
     struct file *s = n->state;
-    while (s->n_asking)
-        io_event_wait(&s->answered_all, IO_FOREVER);
+    while (s->question)
+        io_event_wait(&s->answered, IO_FOREVER);
     io_close(s->rest);
     io_close(s->f);
 }
@@ -221,14 +222,17 @@ static int file_lock_test(struct node *n, uint64_t first, uint64_t len)
     return io_file_lock_test(s->f, first, len, IO_LOCK_EXCLUSIVE);
 }
 
-/* What other nodes have locked of the same file. */
+/* What other nodes have locked by the same name: there a lock of another process would stand in
+ * their way, too. */
 static void add_held(const struct node *n, struct node_list *list, unsigned *used,
                      unsigned *unshared)
 {
+    const struct file *own = n->state;
     const struct node *other;
     TAILQ_FOREACH (other, list, link) {
         const struct file *s = other->state;
-        if (other == n || !n->ops->same_locks(n, other))
+        if (other == n || !n->ops->same_locks(n, other) || s->lock_dev != own->lock_dev ||
+            s->lock_ino != own->lock_ino)
             continue;
         *used |= s->used;
         *unshared |= s->unshared;
@@ -375,46 +379,58 @@ static struct io_file *file_offload(struct node *n, uint64_t *base)
 
 /* ------------------------------------------------------------------ allocated size */
 
-/* A question for the allocated size. A mount that hangs does not answer, so whoever asked may have
- * left; a file whose answer is overdue is asked nothing more. */
+#define ASKERS 8u
+
+/* The question for the allocated size: one at a time of a file, whoever asks meanwhile joins. A
+ * mount that hangs does not answer, so they may have left; once the first has, the answer is
+ * overdue, and nobody waits for it any more. */
 struct question {
     struct file *file;
-    struct inquiry *of;
+    unsigned n;
+    struct inquiry *of[ASKERS];
 };
+
+static void join(struct question *q, struct inquiry *of)
+{
+    if (q->n == ASKERS || inquiry_left(q->of[0]))
+        return;
+    inquiry_begin(of);
+    q->of[q->n++] = of;
+}
+
+static void end_question(struct question *q)
+{
+    q->file->question = NULL;
+    io_event_set(&q->file->answered);
+    for (unsigned i = 0; i < q->n; i++)
+        inquiry_end(q->of[i]);
+    mem_free(q);
+}
 
 static co_fn void ask_size(void *arg)
 {
-    struct question *a = arg;
-    struct file *s = a->file;
+    struct question *q = arg;
     struct io_stat st;
-    if (io_fstat(s->f, &st) == 0)
-        s->allocated = st.allocated;
-    if (s->asker == a->of)
-        s->asker = NULL;
-    inquiry_end(a->of);
-    mem_free(a);
-    if (--s->n_asking == 0)
-        io_event_set(&s->answered_all);
+    if (io_fstat(q->file->f, &st) == 0)
+        q->file->allocated = st.allocated;
+    end_question(q);
 }
 
 static void file_ask_allocated(struct node *n, struct inquiry *of)
 {
     struct file *s = n->state;
-    if (s->asker && inquiry_left(s->asker))
+    if (s->question) {
+        join(s->question, of);
         return;
-    struct question *a = mem_alloc(sizeof *a);
-    if (!a)
-        return;
-    *a = (struct question){s, of};
-    inquiry_begin(of);
-    s->n_asking++;
-    s->asker = of;
-    if (loop_run_now(ask_size, a) < 0) {
-        s->n_asking--;
-        s->asker = NULL;
-        inquiry_end(of);
-        mem_free(a);
     }
+    struct question *q = mem_alloc(sizeof *q);
+    if (!q)
+        return;
+    *q = (struct question){s, 1, {of}};
+    inquiry_begin(of);
+    s->question = q;
+    if (loop_run_now(ask_size, q) < 0)
+        end_question(q);
 }
 
 static uint64_t file_allocated(const struct node *n)

@@ -25,7 +25,7 @@ struct world {
     struct io *io;
     struct graph *graph;
     struct node *node[N_NODES];
-    unsigned n_deleting, n_deleted;
+    unsigned n_deleting, n_deleted, n_asking, n_slow;
     void (*body)(struct world *);
 };
 
@@ -62,6 +62,12 @@ static struct node *add_file(struct world *w, unsigned i)
     return n;
 }
 
+static struct node *add_file_of(struct world *w, unsigned i, unsigned blocks)
+{
+    write_file(w, i, blocks);
+    return add_file(w, i);
+}
+
 static uint64_t allocated(const struct node *n)
 {
     struct node_info i;
@@ -81,8 +87,7 @@ static co_fn uint64_t ask(struct world *w)
 static co_fn void grow(struct world *w)
 {
     for (unsigned i = 0; i < N_NODES; i++) {
-        write_file(w, i, 1);
-        w->node[i] = add_file(w, i);
+        w->node[i] = add_file_of(w, i, 1);
         CHECK_EQ(allocated(w->node[i]), 4096);
         write_file(w, i, 3);
         CHECK_EQ(allocated(w->node[i]), 4096);
@@ -160,10 +165,32 @@ static co_fn void deleted_body(struct world *w)
     CHECK(ask(w) < STEPS);
 }
 
+static void ask_again_and_again(void *arg)
+{
+    struct world *w = arg;
+    w->n_asking++;
+    for (unsigned i = 0; i < 40; i++)
+        w->n_slow += ask(w) >= ANSWER;
+    w->n_asking--;
+}
+
+/* One is always waiting while another leaves: a disk that hangs is asked once all the same. */
+static co_fn void staggered_body(struct world *w)
+{
+    w->node[0] = add_file_of(w, 0, 1);
+    stall(w, 0, 60 * SECOND);
+    for (unsigned i = 0; i < 3; i++) {
+        CHECK_EQ(loop_spawn(io_loop(w->io, 0), ask_again_and_again, w), 0);
+        io_sleep(ANSWER / 3);
+    }
+    while (w->n_asking)
+        io_sleep(MS);
+    CHECK(w->n_slow <= 3); /* the first time of each */
+}
+
 static co_fn void no_memory_body(struct world *w)
 {
-    write_file(w, 0, 1);
-    struct node *n = add_file(w, 0);
+    struct node *n = add_file_of(w, 0, 1);
     write_file(w, 0, 2);
     for (unsigned long k = 0; k < 4; k++) {
         mem_fail_after(k + 1);
@@ -215,6 +242,11 @@ static void nodes_may_go_meanwhile(void **state)
     simulated(deleted_body);
 }
 
+static void many_who_ask_wait_once(void **state)
+{
+    simulated(staggered_body);
+}
+
 static void without_memory_the_last_answer_does(void **state)
 {
     simulated(no_memory_body);
@@ -227,6 +259,7 @@ int main(void)
         cmocka_unit_test(who_hangs_is_waited_for_once),
         cmocka_unit_test(all_that_hang_are_waited_for_together),
         cmocka_unit_test(nodes_may_go_meanwhile),
+        cmocka_unit_test(many_who_ask_wait_once),
         cmocka_unit_test(without_memory_the_last_answer_does),
     };
     return cmocka_run_group_tests_name("file", tests, NULL, NULL);

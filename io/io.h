@@ -140,7 +140,8 @@ struct io_stat {
     /* Which file it is. A block device is its number and inode 0: it may have many names that are
      * inodes of their own. */
     uint64_t dev, ino;
-    uint32_t mode; /* S_IFREG, ... */
+    uint64_t lock_dev, lock_ino; /* whose locks it has: those of such a name are its own */
+    uint32_t mode;               /* S_IFREG, ... */
     uint32_t nlink;
     uint32_t align; /* smallest unit and alignment of direct I/O here; 1 when not direct */
     int64_t mtime_ns, ctime_ns;

@@ -141,6 +141,8 @@ static int fill_stat(const struct stat *in, int fd, struct io_stat *out)
         .allocated = (uint64_t)in->st_blocks * 512,
         .dev = S_ISBLK(in->st_mode) ? in->st_rdev : in->st_dev,
         .ino = S_ISBLK(in->st_mode) ? 0 : in->st_ino,
+        .lock_dev = in->st_dev,
+        .lock_ino = in->st_ino,
         .mode = in->st_mode,
         .nlink = in->st_nlink,
         .align = 1,

@@ -169,15 +169,18 @@ static void deadline_body(struct io *io)
     close_bench(&b);
 }
 
-/* Pages that somebody else holds for a moment stay. */
-static void drop_cached(struct io_file *f)
+/* Pages that somebody else holds for a moment stay; those of a memory file system always. */
+static bool drop_cached(struct io_file *f)
 {
+    bool cached = true;
     int fd = open(in_dir("sent"), O_RDONLY);
     CHECK(fd >= 0);
-    do
+    for (int tries = 0; cached && tries < 1000; tries++) {
         CHECK_EQ(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
-    while (real_is_cached((struct real_file *)f, 0, 1 << 20));
+        cached = real_is_cached((struct real_file *)f, 0, 1 << 20);
+    }
     close(fd);
+    return !cached;
 }
 
 /* What is not to be had from memory, or not at all, is refused before anything is sent. */
@@ -195,10 +198,8 @@ static void refused_body(struct io *io)
     CHECK_EQ(io_send_file(foreign, head, b.file, 0, 4096, soon(io)), -EOPNOTSUPP);
     io_sock_close(foreign);
     close(fd[1]);
-    if (b.cached) {
-        drop_cached(b.file);
+    if (b.cached && drop_cached(b.file))
         CHECK_EQ(io_send_file(b.server, head, b.file, 0, 1 << 20, soon(io)), -EOPNOTSUPP);
-    }
     CHECK_EQ(io_recv_now(b.client, &c, 1), -EAGAIN); /* nothing has come */
     close_bench(&b);
 

@@ -22,7 +22,7 @@
 #include "co/sync.h"
 #include "event/event.h"
 
-#define RETRY_NS 500000000u
+#define RETRY_NS 1000000000u /* as long as guests have peace after they were held in vain */
 
 struct jobs {
     struct graph *graph;

@@ -82,6 +82,14 @@ static co_fn int take_properties(struct qmp_call *call, const struct q_transacti
 
 /* ------------------------------------------------------------------ answers */
 
+static json_t *left_row(const struct txn_result *res)
+{
+    json_t *row = json_array();
+    for (size_t i = 0; i < res->n_left; i++)
+        json_array_append_new(row, json_string(res->left[i]));
+    return row;
+}
+
 static void describe_failure(struct qmp_call *call, const struct action *a,
                              const struct txn_result *res)
 {
@@ -91,7 +99,7 @@ static void describe_failure(struct qmp_call *call, const struct action *a,
         json_pack("{s:i,s:s,s:s,s:b}", "action", res->failed, "kind", a[res->failed].entry->kind,
                   "phase", res->phase, "undone", !res->not_undone);
     if (res->not_undone && !res->replayed && call->error_data)
-        json_object_set_new(call->error_data, "pending", json_pack("[s]", res->left.msg));
+        json_object_set_new(call->error_data, "pending", left_row(res));
     if (res->replayed && call->error_data)
         json_object_set_new(call->error_data, "replayed", json_true());
 }

@@ -127,7 +127,9 @@ static co_fn int run_action(struct qmp_call *call, const struct qmp_command *c, 
     struct action a = {&txn_actions[c->action_kind], args, 0};
     struct txn_props props = {.plain = true, .client = call->client};
     struct txn_result res;
-    return txn_run(&call->inst->txn, &a, 1, &props, &res, err);
+    int r = txn_run(&call->inst->txn, &a, 1, &props, &res, err);
+    txn_result_free(&res);
+    return r;
 }
 
 /* Transactions lock for themselves; so do the few commands that say so (QMP_ANYTIME). */

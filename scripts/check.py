@@ -11,6 +11,7 @@ speed comes last, alone.
 """
 import concurrent.futures
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ ANY_ENGINE = [] if LONG else ['--ignore=tests/system/test_' + name + '.py' for n
 # of another. docs/HACKING.md says how long all of it takes.
 LONG_SEEDS = {'SIM_SEEDS': '20000'}
 LONG_LISTS = {'TIDEMARK_FUZZ_LISTS': '100000', 'TIDEMARK_SWAP_LISTS': '3000', 'TIDEMARK_MIXED_LISTS': '2000',
-              'TIDEMARK_DIFF_SEEDS': '50'}
+              'TIDEMARK_DIFF_SEEDS': '50', 'TIDEMARK_FUZZ_SEED': str(random.randrange(2 ** 32))}
 
 
 def lanes():

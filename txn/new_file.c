@@ -186,6 +186,14 @@ static int cannot_make(int r, const char *path, struct tide_error *err)
         shown_name(path).text, tide_strerror(-r));
 }
 
+static int cannot_sync(int r, const char *path, struct tide_error *err)
+{
+    return tide_fail(err, r, "cannot make file '%s': its directory cannot be synced: %s",
+                     shown_name(path).text, tide_strerror(-r));
+}
+
+/* The directory is synced, too, since one for which that is refused is better known before guests
+ * are held. */
 static co_fn int create(struct new_file *f, uint64_t size, struct tide_error *err)
 {
     struct io_stat st;
@@ -202,6 +210,8 @@ static co_fn int create(struct new_file *f, uint64_t size, struct tide_error *er
     if (r < 0)
         tide_fail(err, r, "cannot make file '%s' of %llu bytes: %s", f->path,
                   (unsigned long long)size, tide_strerror(-r));
+    else if ((r = io_sync_dir(f->dir)) < 0)
+        cannot_sync(r, f->path, err);
     f->dev = st.dev;
     f->ino = st.ino;
     io_close(file);
@@ -248,7 +258,8 @@ int new_file_check(struct graph *g, const char *path, struct tide_error *err)
         io_close(nameless);
     else if (r != -EISDIR && r != -EOPNOTSUPP && r != -EINVAL) /* not every file system has them */
         return cannot_make(r, path, err);
-    return look(path, g, &at, err);
+    r = io_sync_dir(dir);
+    return r < 0 ? cannot_sync(r, path, err) : look(path, g, &at, err);
 }
 
 /* ------------------------------------------------------------------ in place and back */
@@ -307,6 +318,7 @@ static co_fn int sync_undone(struct new_file *f, struct tide_error *err)
     int r = io_sync_dir(f->dir);
     if (r == 0)
         return 0;
+    log_error("txn", "cannot sync directory '%s': %s", f->dir, tide_strerror(-r));
     return tide_fail(err, r,
                      "the new file '%s' was taken back, but its directory cannot be synced: %s; "
                      "when power fails it may be there again%s%s%s",

@@ -86,9 +86,14 @@ void txn_arm(struct txn *t, void *rec)
 
 void txn_not_undone(struct txn *t, const struct tide_error *why)
 {
-    if (!t->res->not_undone)
-        t->res->left = *why;
-    t->res->not_undone = true;
+    struct txn_result *res = t->res;
+    res->not_undone = true;
+    char **more = mem_realloc(res->left, res->n_left + 1, sizeof *more);
+    if (!more)
+        return;
+    res->left = more;
+    if ((more[res->n_left] = mem_strdup(why->msg)))
+        res->n_left++;
 }
 
 void *txn_staged(struct txn *t, const struct action *a)
@@ -486,6 +491,14 @@ static co_fn int run_held(struct txn *t, struct txn_result *res, struct tide_err
     return r;
 }
 
+static void say_what_is_left(const struct txn_result *res, struct tide_error *err)
+{
+    if (res->n_left > 1)
+        tide_error_suffix(err, "; not undone: %s; and %zu more", res->left[0], res->n_left - 1);
+    else
+        tide_error_suffix(err, "; not undone: %s", res->n_left ? res->left[0] : "see the log");
+}
+
 static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_error *err)
 {
     struct graph *g = t->env->graph;
@@ -504,7 +517,7 @@ static co_fn int run_locked(struct txn *t, struct txn_result *res, struct tide_e
         quiesce_end(q);
     }
     if (r < 0 && res->not_undone)
-        tide_error_suffix(err, "; not undone: %s", res->left.msg);
+        say_what_is_left(res, err);
     release(t, &t->undone, true);
     release(t, &t->armed, false);
     footprint_free(&t->footprint);
@@ -589,6 +602,11 @@ void txn_result_free(struct txn_result *res)
         mem_free(res->report[i].sees);
         mem_free(res->report[i].does);
     }
+    for (size_t i = 0; i < res->n_left; i++)
+        mem_free(res->left[i]);
+    mem_free(res->left);
+    res->left = NULL;
+    res->n_left = 0;
     mem_free(res->report);
     res->report = NULL;
     res->n_reports = 0;

@@ -128,13 +128,14 @@ struct action_report {
 };
 
 struct txn_result {
-    int failed;             /* index of the action that failed, -1: none in particular */
-    const char *phase;      /* "stage", "prepare", "record" when failed >= 0 */
-    bool not_undone;        /* when failed >= 0: something is left, as the error says, and, */
-    struct tide_error left; /* if not replayed, this */
-    bool replayed;          /* nothing was run: this is the outcome remembered under the id */
-    uint64_t held_ns;       /* how long guests were held */
-    size_t n_reports;       /* dry run: one for each action; given back with txn_result_free */
+    int failed;        /* index of the action that failed, -1: none in particular */
+    const char *phase; /* "stage", "prepare", "record" when failed >= 0 */
+    bool not_undone;   /* when failed >= 0: something is left, as the error says, and, */
+    char **left;       /* if not replayed and memory allows, each of these */
+    size_t n_left;
+    bool replayed;    /* nothing was run: this is the outcome remembered under the id */
+    uint64_t held_ns; /* how long guests were held */
+    size_t n_reports; /* dry run: one for each action; given back with txn_result_free */
     struct action_report *report;
 };
 

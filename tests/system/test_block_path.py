@@ -2,9 +2,11 @@
 """What lies between an export and the disk: direct I/O, windows, zeroes, holes, files that change
 underneath, devices, full disks, errors of real disks. What is written is compared with a model."""
 import contextlib
+import fcntl
 import os
 import random
 import stat
+import struct
 
 import nbd
 import pytest
@@ -529,6 +531,13 @@ def test_a_block_device_is_one_by_whatever_name(tmp_path):
         told = d.cmd('transaction', actions=actions, properties={'explain': True})
         assert [(e['on'], e['action']) for e in told['dependencies']] == [(0, 1)]
         d.cmd('block-dirty-bitmap-remove', node='a', name='x')
+        with open(other, 'rb') as f:  # a lock of another process belongs to its own name
+            fcntl.fcntl(f, 37, struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 200, 1, 0))  # F_OFD_SETLK: nobody may read
+            d.export('a')
+            with pytest.raises(QmpError, match='cannot get the "consistent read" lock'):
+                d.export('b', writable=False)
+        d.cmd('block-export-del', id='exp-a')
+        d.qmp.event('BLOCK_EXPORT_DELETED')
         d.export('b')
         with pytest.raises(QmpError, match='cannot be tracked'):
             d.cmd('block-dirty-bitmap-add', node='a', name='x')
