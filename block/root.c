@@ -23,7 +23,6 @@
 
 #define CLOSED_QUIESCE 1u
 #define CLOSED_SHUT 2u
-#define RETRY_PAUSE 1000000000u
 #define SLOW_LOG 100000000u
 
 struct gate_count {
@@ -687,7 +686,7 @@ int quiesce_begin(struct graph *g, struct node *const *nodes, unsigned n, enum q
     int res = drain(q, err);
     if (res < 0) {
         for (unsigned i = 0; i < q->n; i++)
-            q->root[i]->peace = io_now(g->io) + RETRY_PAUSE;
+            q->root[i]->peace = io_now(g->io) + QUIESCE_PEACE_NS;
         quiesce_end(q);
         return res;
     }

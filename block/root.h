@@ -73,6 +73,7 @@ void root_hurry(struct root *r);
 
 enum quiesce_kind { QUIESCE_WRITES, QUIESCE_ALL };
 struct quiesce;
+#define QUIESCE_PEACE_NS 1000000000u
 /* Who was held in vain gets a second of peace: waits until it is over for everybody whom the same
  * quiesce_begin() would hold. Control loop, command lock. */
 co_fn void quiesce_peace(struct graph *g, struct node *const *nodes, unsigned n,

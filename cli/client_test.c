@@ -80,7 +80,7 @@ TEST(client_talks)
         /* events before the answer, no line ends, brackets and quotes in strings */
         "{\"event\": \"A\"}{\"event\":\"B\",\"data\":{\"x\":\"}]\\\"\"}} {\"return\": [1, {}]}",
         "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"no such thing\"}}",
-        "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 1}", NULL};
+        "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 1}", EMPTY, NULL};
     assert_int_equal(open_player(&d, script, &c, &pid, &err), 0);
     assert_int_equal(client_call(c, "x", NULL, &reply, &err), 0);
     assert_int_equal(json_array_size(reply), 2);
@@ -98,7 +98,7 @@ TEST(client_talks)
     assert_string_equal(err.msg, "no such thing");
     assert_int_equal(client_call(c, "x", NULL, NULL, &err), CLIENT_REFUSED);
     assert_false(client_unknown_command(&err));
-    assert_int_equal(client_wait_gone(c, 5000, &err), 0);
+    assert_int_equal(client_quit(c, 5000, &err), 0);
     close_player(&d, c, pid);
 }
 

@@ -399,8 +399,6 @@ int cmd_stop(struct cli *c)
     int code = cli_connect(c);
     if (code != CLI_DONE)
         return code;
-    int r = client_call(c->client, "quit", NULL, NULL, &err);
-    if (r == 0)
-        r = client_wait_gone(c->client, STOP_TIMEOUT_MS, &err);
+    int r = client_quit(c->client, STOP_TIMEOUT_MS, &err);
     return r < 0 ? cli_fail(&err) : CLI_DONE;
 }

@@ -22,8 +22,6 @@
 #include "co/sync.h"
 #include "event/event.h"
 
-#define RETRY_NS 1000000000u /* as long as guests have peace after they were held in vain */
-
 struct jobs {
     struct graph *graph;
     struct event_bus *bus;
@@ -284,7 +282,7 @@ static co_fn struct quiesce *hold_nodes(struct job_group *g)
     graph_lock(g->jobs->graph);
     while (!(q = try_to_hold(g))) {
         graph_unlock(g->jobs->graph);
-        io_sleep(RETRY_NS);
+        io_sleep(QUIESCE_PEACE_NS); /* without the lock */
         graph_lock(g->jobs->graph);
     }
     return q;

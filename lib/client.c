@@ -23,8 +23,8 @@
 #define MESSAGE_MAX ((size_t)1 << 30) /* a peer that sends more without an end is no QMP server */
 
 struct client {
-    int fd, daemon; /* a pidfd, -1: it cannot be told which process it is */
-    char *buf;      /* `used` bytes of `size`; the first `scanned` of them have been looked at */
+    int fd;
+    char *buf; /* `used` bytes of `size`; the first `scanned` of them have been looked at */
     size_t used, size, scanned;
     unsigned depth; /* open brackets at `scanned` */
     bool in_string, escaped;
@@ -309,7 +309,23 @@ int client_event(struct client *c, int timeout_ms, json_t **event, struct tide_e
     return next_object(c, timeout_ms < 0 ? -1 : now_ms() + timeout_ms, true, event, err);
 }
 
-/* Nobody knows the process of another container; who listens for himself does not wait for that. */
+static int wait_close(struct client *c, int64_t deadline, struct tide_error *err)
+{
+    for (;;) {
+        json_t *message;
+        int r = next_object(c, deadline, false, &message, err);
+        if (r == CLIENT_UNREACHABLE)
+            return 0;
+        if (r < 0)
+            return r;
+        if (!message)
+            return tide_fail(err, -ETIMEDOUT, "the daemon still runs");
+        json_decref(message);
+    }
+}
+
+/* A pidfd. -1: it cannot be told which process it is, as from another container, or it is our own.
+ */
 static int daemon_of(int fd)
 {
     struct ucred peer;
@@ -320,31 +336,29 @@ static int daemon_of(int fd)
     return (int)syscall(SYS_pidfd_open, peer.pid, 0);
 }
 
-static int wait_process(struct client *c, int64_t deadline, struct tide_error *err)
+static int wait_process(int daemon, int64_t deadline, struct tide_error *err)
 {
-    struct pollfd p = {.fd = c->daemon, .events = POLLIN};
-    int r = 0;
-    while (c->daemon >= 0 && (r = poll(&p, 1, left_ms(deadline))) <= 0) {
+    struct pollfd p = {.fd = daemon, .events = POLLIN};
+    int r;
+    while ((r = poll(&p, 1, left_ms(deadline))) <= 0) {
         if (r == 0 || errno != EINTR)
             return tide_fail(err, -ETIMEDOUT, "the daemon still runs");
     }
     return 0;
 }
 
-int client_wait_gone(struct client *c, int timeout_ms, struct tide_error *err)
+int client_quit(struct client *c, int timeout_ms, struct tide_error *err)
 {
     int64_t deadline = now_ms() + timeout_ms;
-    for (;;) {
-        json_t *message;
-        int r = next_object(c, deadline, false, &message, err);
-        if (r == CLIENT_UNREACHABLE)
-            return wait_process(c, deadline, err);
-        if (r < 0)
-            return r;
-        if (!message)
-            return tide_fail(err, -ETIMEDOUT, "the daemon still runs");
-        json_decref(message);
-    }
+    int daemon = daemon_of(c->fd); /* while it is sure to be that one */
+    int r = client_call(c, "quit", NULL, NULL, err);
+    if (r == 0)
+        r = wait_close(c, deadline, err);
+    if (r == 0 && daemon >= 0)
+        r = wait_process(daemon, deadline, err);
+    if (daemon >= 0)
+        close(daemon);
+    return r;
 }
 
 /* Without room among the waiting clients connect() waits, and a signal ends that, with SA_RESTART
@@ -413,7 +427,6 @@ int client_open(const char *path, struct client **out, struct tide_error *err)
         return no_memory(err);
     }
     c->fd = fd;
-    c->daemon = daemon_of(fd);
     c->timeout_ms = GREETING_TIMEOUT_MS;
     c->events = json_array();
     r = c->events ? negotiate(c, path, err) : no_memory(err);
@@ -431,8 +444,6 @@ void client_close(struct client *c)
     if (!c)
         return;
     close(c->fd);
-    if (c->daemon >= 0)
-        close(c->daemon);
     json_decref(c->events);
     json_decref(c->error_data);
     mem_free(c->buf);

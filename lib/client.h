@@ -40,6 +40,6 @@ bool client_unknown_command(const struct tide_error *err);
  * caller owns; NULL there if none came in that time or before a signal. */
 int client_event(struct client *c, int timeout_ms, json_t **event, struct tide_error *err);
 
-/* Waits until the daemon has closed the connection and, as far as its process can be told, ended;
- * at most `timeout_ms`. -ETIMEDOUT with words. */
-int client_wait_gone(struct client *c, int timeout_ms, struct tide_error *err);
+/* Ends the daemon, and waits until it has closed the connection and, as far as its process can be
+ * told, is gone; at most `timeout_ms`. -ETIMEDOUT with words. */
+int client_quit(struct client *c, int timeout_ms, struct tide_error *err);

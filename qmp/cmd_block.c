@@ -78,9 +78,20 @@ static json_t *node_row(struct node *n)
 }
 
 struct rows {
+    struct graph *graph;
     json_t *list;
     bool failed;
 };
+
+static int finish_rows(struct rows *rows, json_t **ret, struct tide_error *err)
+{
+    if (!rows->failed) {
+        *ret = rows->list;
+        return 0;
+    }
+    json_decref(rows->list);
+    return no_memory(err);
+}
 
 static void add_node_row(void *arg, struct node *n)
 {
@@ -92,51 +103,33 @@ static void add_node_row(void *arg, struct node *n)
 int qmp_query_named_block_nodes(struct qmp_call *call, const struct q_query_named_block_nodes *args,
                                 json_t **ret, struct tide_error *err)
 {
-    struct rows rows = {json_array(), false};
-    if (!rows.list)
-        return no_memory(err);
-    graph_each(call->inst->graph, add_node_row, &rows);
-    if (rows.failed) {
-        json_decref(rows.list);
-        return no_memory(err);
-    }
-    *ret = rows.list;
-    return 0;
+    struct rows rows = {call->inst->graph, json_array(), false};
+    rows.failed = !rows.list;
+    graph_each(rows.graph, add_node_row, &rows);
+    return finish_rows(&rows, ret, err);
 }
 
-static void add_pair(void *arg, const char *id, const char *node)
+static void add_device_row(void *arg, const char *id, const char *node)
 {
-    json_array_append_new(arg, json_pack("[ss]", id, node));
-}
-
-static json_t *device_row(struct graph *g, const char *id, const char *node)
-{
-    struct node *n = graph_find(g, node);
-    json_t *o = n ? json_pack("{s:s,s:s,s:b,s:b,s:o}", "device", "", "type", "unknown", "removable",
-                              0, "locked", 0, "inserted", node_row(n))
-                  : NULL;
-    if (o)
-        json_object_set_new(o, "qdev", json_sprintf("/tidemark/export/%s", id));
-    return o;
+    struct rows *rows = arg;
+    struct node *n = graph_find(rows->graph, node);
+    if (!n)
+        return;
+    json_t *o = json_pack("{s:s,s:s,s:b,s:b,s:o}", "device", "", "type", "unknown", "removable", 0,
+                          "locked", 0, "inserted", node_row(n));
+    if (json_object_set_new(o, "qdev", json_sprintf("/tidemark/export/%s", id)) < 0 ||
+        json_array_append(rows->list, o) < 0)
+        rows->failed = true;
+    json_decref(o);
 }
 
 int qmp_query_block(struct qmp_call *call, const struct q_query_block *args, json_t **ret,
                     struct tide_error *err)
 {
-    json_t *pairs = json_array(), *rows = json_array(), *pair;
-    size_t i;
-    if (pairs && rows) {
-        exports_each_writable(call->inst->exports, add_pair, pairs);
-        json_array_foreach (pairs, i, pair) {
-            json_t *row = device_row(call->inst->graph, json_string_value(json_array_get(pair, 0)),
-                                     json_string_value(json_array_get(pair, 1)));
-            if (row)
-                json_array_append_new(rows, row);
-        }
-    }
-    json_decref(pairs);
-    *ret = rows;
-    return rows ? 0 : no_memory(err);
+    struct rows rows = {call->inst->graph, json_array(), false};
+    rows.failed = !rows.list;
+    exports_each_writable(call->inst->exports, add_device_row, &rows);
+    return finish_rows(&rows, ret, err);
 }
 
 int qmp_query_blockstats(struct qmp_call *call, const struct q_query_blockstats *args, json_t **ret,

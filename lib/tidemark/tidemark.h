@@ -132,7 +132,7 @@ int tide_txn_failed_action(const struct tide_txn *txn);
 const char *tide_txn_failed_kind(const struct tide_txn *txn);
 const char *tide_txn_failed_phase(const struct tide_txn *txn);
 /* It failed, and all that was done is undone. False after a failure only if somebody outside the
- * daemon stood in the way: tide_txn_error() says of what. */
+ * daemon, or a file system, stood in the way: tide_txn_error() says of what. */
 bool tide_txn_undone(const struct tide_txn *txn);
 /* The outcome, good or bad, is that of an earlier run under the same id; nothing was run now. */
 bool tide_txn_replayed(const struct tide_txn *txn);

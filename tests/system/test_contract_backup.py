@@ -91,23 +91,29 @@ def says(d, fault, text):
     return re.search(FAULTS[fault][1 if d.kind == 'qsd' else 2], text)
 
 
+def refused(d, form, fault, how):
+    """And then nothing has changed: bitmaps, nodes and jobs are what they were. The class of the error."""
+    cast(d)
+    before = bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]
+    d.qmp.events.clear()
+    with pytest.raises(QmpError) as e:
+        how(d, form, FAULTS[fault][0])
+    assert says(d, fault, e.value.desc), e.value.desc
+    assert d.kind == 'qsd' or d.qmp.events == []
+    assert (bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]) == before
+    d.qmp.events.clear()
+    return e.value.cls
+
+
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('fault', FAULTS)
 def test_refused(sides, fault, form):
     """And then nothing has changed: bitmaps, nodes and jobs are what they were."""
     def story(d):
-        cast(d)
-        before = bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]
-        d.qmp.events.clear()
-        with pytest.raises(QmpError) as e:
-            ask(d, form, FAULTS[fault][0])
-        assert says(d, fault, e.value.desc), e.value.desc
-        assert d.kind == 'qsd' or d.qmp.events == []
-        assert (bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]) == before
-        d.qmp.events.clear()
+        cls = refused(d, form, fault, ask)
         ask(d, form)  # and nothing is left in use
         assert end_of(d, 'j') == OK
-        return e.value.cls
+        return cls
 
     sides.both(story, 'GenericError')
 
@@ -120,18 +126,11 @@ ABOUT_TARGETS = ['target', 'bitmap-of-target', 'same-node', 'busy-target', 'size
 def test_drive_backup_refused(sides, fault, form):
     """For the same reasons. Ours leaves no file, on purpose; the reference may have made it by then."""
     def story(d):
-        cast(d)
-        before = bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]
-        d.qmp.events.clear()
-        with pytest.raises(QmpError) as e:
-            ask_drive(d, form, FAULTS[fault][0])
-        assert says(d, fault, e.value.desc), e.value.desc
-        assert d.kind == 'qsd' or d.qmp.events == [] and not os.path.exists(d.path('new.raw'))
-        assert (bitmaps(d, 's'), [j['id'] for j in d.cmd('query-jobs')]) == before
-        d.qmp.events.clear()
+        cls = refused(d, form, fault, ask_drive)
+        assert d.kind == 'qsd' or not os.path.exists(d.path('new.raw'))
         ask_drive(d, form)  # and nothing is left in use
         assert end_of(d, 'j') == OK
-        return e.value.cls, content(d.path('new.raw')) == content(d.path('s.raw'))
+        return cls, content(d.path('new.raw')) == content(d.path('s.raw'))
 
     if fault == 'none-with-bitmap':
         # The reference wants the new file to have a backing file then, and says so of raw ones first.
