@@ -79,6 +79,7 @@ def test_a_list_that_gives_up_leaves_the_connection_as_it_was():
         c = Raw(d.nbd_path)
         c.go('n', mode='structured', contexts=['base:allocation'])
         slow = c.ask(READ, 0, 4096)
+        c.request(STATUS, 0, MiB)  # what came before it is under way
         failed = []
 
         def run_list():
@@ -90,7 +91,7 @@ def test_a_list_that_gives_up_leaves_the_connection_as_it_was():
         t.start()
         c.s.settimeout(0.3)
         with pytest.raises(TimeoutError):  # until the list has shut the gate
-            while True:
+            while t.is_alive():
                 c.request(STATUS, 0, MiB)
         c.s.settimeout(DEADLINE)
         answers = [c.reply().cookie, c.reply().cookie]
